@@ -1,0 +1,435 @@
+//! One rank's end of a group that shares memory: publish, look, commit, abort.
+//!
+//! Written once for threads and processes. A chunk goes through it like this: its rank fills the
+//! rows and stores a line ([`Group::publish`]); a rank that has seen the lines of all ranks commits
+//! it ([`Group::commit`]), reduces its own row and says so ([`Group::consumed`]); once all ranks
+//! have said so the chunk's memory may be filled again.
+
+use std::any::Any;
+use std::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use super::control::{CallRecord, Detail, Head, Layout, Line, CALLS, MESSAGE, NO_SLOT};
+use super::mapping::Mapping;
+use super::patience;
+use super::word::{self, End, Fate};
+use crate::error::{Error, Result, Status};
+use crate::fingerprint::{Chain, Words};
+
+/// What a peer has published about a chunk.
+#[derive(Clone, Copy, Debug)]
+pub struct Published {
+    /// Its fingerprint.
+    pub chain: Chain,
+    /// Where its rows lie; none: no bytes.
+    pub slot: Option<u32>,
+}
+
+/// What a rank is waiting for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stall {
+    /// `rank` has not published chunk `seq`.
+    Line {
+        /// Who is awaited.
+        rank: u32,
+        /// Which chunk.
+        seq: u64,
+    },
+    /// `rank` has not reduced chunk `seq`.
+    Consumed {
+        /// Who is awaited.
+        rank: u32,
+        /// Which chunk.
+        seq: u64,
+    },
+}
+
+impl Stall {
+    /// The rank that is awaited.
+    pub fn rank(&self) -> u32 {
+        match *self {
+            Stall::Line { rank, .. } | Stall::Consumed { rank, .. } => rank,
+        }
+    }
+}
+
+/// One rank's end of the shared memory of a group.
+pub struct Group {
+    rank: u32,
+    layout: Layout,
+    own: *mut u8,
+    ranks: Vec<*const u8>,
+    word: *const AtomicU64,
+    spin: bool,
+    /// Serialises the text of this rank's failure reports.
+    reporting: Mutex<()>,
+    own_memory: MemoryOf,
+    _keep: Box<dyn Any + Send + Sync>,
+}
+
+/// Finds the mapping of this rank among what is kept alive.
+type MemoryOf = Box<dyn Fn(usize, usize) -> Result<()> + Send + Sync>;
+
+// SAFETY: the pointers go into mappings that `_keep` holds; what is behind them is only used through
+// atomics, or, for rows, by the protocol's rule that a row is written before its line is published
+// and read after, until all ranks have consumed it.
+unsafe impl Send for Group {}
+// SAFETY: as above; every method takes &self and shares state by atomics or the mutex alone.
+unsafe impl Sync for Group {}
+
+impl Group {
+    /// A rank's end: `bases[r]` is where rank r's memory of `layout` begins, `word` the group word,
+    /// `commit` makes pages of this rank's memory real, `keep` holds it all.
+    ///
+    /// # Safety
+    /// The pointers stay valid as long as `keep`; `bases[rank]` is writable by this rank alone;
+    /// memory that no rank has written reads as zeros.
+    pub unsafe fn new(
+        rank: u32,
+        layout: Layout,
+        bases: Vec<*mut u8>,
+        word: *const AtomicU64,
+        commit: MemoryOf,
+        keep: Box<dyn Any + Send + Sync>,
+    ) -> Group {
+        Group {
+            rank,
+            layout,
+            own: bases[rank as usize],
+            spin: patience::Patience::may_spin(bases.len() as u32),
+            ranks: bases.into_iter().map(|p| p as *const u8).collect(),
+            word,
+            reporting: Mutex::new(()),
+            own_memory: commit,
+            _keep: keep,
+        }
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Ranks of the group.
+    pub fn size(&self) -> u32 {
+        self.ranks.len() as u32
+    }
+
+    /// Where things lie.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Whether waits may spin.
+    pub fn spin(&self) -> bool {
+        self.spin
+    }
+
+    fn head(&self, rank: u32) -> &Head {
+        // SAFETY: every rank's memory begins with a Head, all of it atomics, valid while self is.
+        unsafe { &*(self.ranks[rank as usize] as *const Head) }
+    }
+
+    fn own_head(&self) -> &Head {
+        self.head(self.rank)
+    }
+
+    fn line_of(&self, rank: u32, seq: u64) -> &Line {
+        let index = seq as usize & (self.layout.lines - 1);
+        let at = self.layout.lines_at + index * std::mem::size_of::<Line>();
+        // SAFETY: the index is masked to the ring, which lies inside every rank's memory.
+        unsafe { &*(self.ranks[rank as usize].add(at) as *const Line) }
+    }
+
+    fn call_of(&self, rank: u32, number: u64) -> &CallRecord {
+        let index = number as usize % CALLS;
+        let at = self.layout.calls_at + index * std::mem::size_of::<CallRecord>();
+        // SAFETY: the index is inside the ring of calls, which lies inside every rank's memory.
+        unsafe { &*(self.ranks[rank as usize].add(at) as *const CallRecord) }
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        // SAFETY: valid while self is, by the promise of `new`.
+        unsafe { &*self.word }
+    }
+
+    /// Where chunk slot `slot` of `rank` begins; none if there is no such slot.
+    pub fn chunk(&self, rank: u32, slot: u32) -> Option<*const u8> {
+        let g = &self.layout.geometry;
+        if slot as usize >= g.chunks {
+            return None;
+        }
+        let at = self.layout.staging_at + slot as usize * g.chunk_bytes;
+        // SAFETY: the slot is inside the staging, which lies inside every rank's memory.
+        Some(unsafe { self.ranks[rank as usize].add(at) })
+    }
+
+    /// Where chunk slot `slot` of this rank begins, for filling.
+    pub fn own_chunk(&self, slot: u32) -> *mut u8 {
+        debug_assert!((slot as usize) < self.layout.geometry.chunks);
+        let at = self.layout.staging_at + slot as usize * self.layout.geometry.chunk_bytes;
+        // SAFETY: slots are handed out below `chunks`, so this lies inside this rank's memory.
+        unsafe { self.own.add(at) }
+    }
+
+    /// Makes the pages of chunk slot `slot` of this rank real.
+    pub fn commit_chunk(&self, slot: u32) -> Result<()> {
+        let g = &self.layout.geometry;
+        let at = self.layout.staging_at + slot as usize * g.chunk_bytes;
+        (self.own_memory)(at, g.chunk_bytes)
+    }
+
+    /// Records one call, so that peers can name it should it differ from theirs.
+    #[inline]
+    pub fn record(&self, number: u64, words: &Words) {
+        for (to, from) in self.call_of(self.rank, number).iter().zip(words) {
+            to.store(*from, Ordering::Relaxed);
+        }
+        self.own_head().calls.0.store(number + 1, Ordering::Release);
+    }
+
+    /// Call `number` of `rank`, if it has made it and still keeps it.
+    pub fn recorded(&self, rank: u32, number: u64) -> Option<Words> {
+        let calls = &self.head(rank).calls.0;
+        if number >= calls.load(Ordering::Acquire) {
+            return None;
+        }
+        let words = self.call_of(rank, number);
+        let words = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        // Overwritten while it was read, or just before: gone.
+        (calls.load(Ordering::Relaxed) < number + CALLS as u64).then_some(words)
+    }
+
+    /// Calls that `rank` has made.
+    pub fn calls(&self, rank: u32) -> u64 {
+        self.head(rank).calls.0.load(Ordering::Acquire)
+    }
+
+    /// The first call that `rank` still keeps.
+    pub fn oldest_recorded(&self, rank: u32) -> u64 {
+        let made = self.calls(rank);
+        // One less than the ring holds: the next may be under way.
+        made.saturating_sub(CALLS as u64 - 1)
+    }
+
+    /// Publishes chunk `seq`; its rows are complete.
+    pub fn publish(&self, seq: u64, chain: &Chain, slot: Option<u32>) {
+        let line = self.line_of(self.rank, seq);
+        line.lo.store(chain.lo, Ordering::Relaxed);
+        line.hi.store(chain.hi, Ordering::Relaxed);
+        line.calls.store(chain.calls, Ordering::Relaxed);
+        line.slot
+            .store(slot.map_or(NO_SLOT, u64::from), Ordering::Relaxed);
+        line.ready.store(seq + 1, Ordering::Release);
+        self.wake_sleepers();
+    }
+
+    /// Whether `rank` has published chunk `seq`.
+    #[inline]
+    pub fn is_published(&self, rank: u32, seq: u64) -> bool {
+        self.line_of(rank, seq).ready.load(Ordering::Acquire) == seq + 1
+    }
+
+    /// What `rank` has published about chunk `seq`, if it has.
+    #[inline]
+    pub fn published(&self, rank: u32, seq: u64) -> Option<Published> {
+        let line = self.line_of(rank, seq);
+        if line.ready.load(Ordering::Acquire) != seq + 1 {
+            return None;
+        }
+        let slot = line.slot.load(Ordering::Relaxed);
+        Some(Published {
+            chain: Chain {
+                lo: line.lo.load(Ordering::Relaxed),
+                hi: line.hi.load(Ordering::Relaxed),
+                calls: line.calls.load(Ordering::Relaxed),
+            },
+            // A number that cannot be a slot stays one that cannot: `chunk` refuses it.
+            slot: (slot != NO_SLOT).then(|| u32::try_from(slot).unwrap_or(u32::MAX)),
+        })
+    }
+
+    /// Commits chunk `seq`, of which the caller has seen all lines.
+    pub fn commit(&self, seq: u64) -> Fate {
+        word::commit(self.word(), seq)
+    }
+
+    /// Says that this rank has reduced all chunks before `count`.
+    pub fn set_consumed(&self, count: u64) {
+        self.own_head().consumed.0.store(count, Ordering::Release);
+        self.wake_sleepers();
+    }
+
+    /// Chunks that `rank` will not read again: those it has reduced; all, once it has left.
+    pub fn consumed(&self, rank: u32) -> u64 {
+        let head = self.head(rank);
+        if head.left.0.load(Ordering::Acquire) != 0 {
+            return u64::MAX;
+        }
+        head.consumed.0.load(Ordering::Acquire)
+    }
+
+    /// The rank that is furthest behind in reducing, and how many chunks it has.
+    pub fn slowest(&self) -> (u32, u64) {
+        (0..self.size())
+            .map(|r| (r, self.consumed(r)))
+            .min_by_key(|&(_, count)| count)
+            .unwrap_or((self.rank, 0))
+    }
+
+    /// Whether `rank` has freed its comm.
+    pub fn has_left(&self, rank: u32) -> bool {
+        self.head(rank).left.0.load(Ordering::Acquire) != 0
+    }
+
+    /// Says that this rank has freed its comm.
+    pub fn leave(&self) {
+        self.own_head().left.0.store(1, Ordering::Release);
+        patience::ring(&self.own_head().bell.0);
+    }
+
+    /// Whether what `stall` waits for has come, or the group has ended.
+    pub fn is_over(&self, stall: &Stall) -> bool {
+        self.end().is_some()
+            || match *stall {
+                Stall::Line { rank, seq } => self.is_published(rank, seq),
+                Stall::Consumed { rank, seq } => self.consumed(rank) > seq,
+            }
+    }
+
+    /// Sleeps until the rank that `stall` names rings its bell, at most `slice`.
+    pub fn sleep(&self, stall: &Stall, slice: Duration) {
+        let bell = &self.head(stall.rank()).bell.0;
+        let seen = bell.load(Ordering::Acquire);
+        let sleeping = &self.own_head().sleeping.0;
+        sleeping.store(1, Ordering::Relaxed);
+        // Pairs with the fence in `wake_sleepers`: either we see the event or it sees us.
+        fence(Ordering::SeqCst);
+        if !self.is_over(stall) {
+            patience::futex_wait(bell, seen, slice);
+        }
+        sleeping.store(0, Ordering::Relaxed);
+    }
+
+    fn wake_sleepers(&self) {
+        fence(Ordering::SeqCst);
+        let asleep = |r: u32| self.head(r).sleeping.0.load(Ordering::Relaxed) != 0;
+        if (0..self.size()).any(|r| r != self.rank && asleep(r)) {
+            patience::ring(&self.own_head().bell.0);
+        }
+    }
+
+    /// Why the group ended, if it has.
+    #[inline]
+    pub fn end(&self) -> Option<End> {
+        word::end(self.word())
+    }
+
+    /// Ends the group with `cause`, unless it has ended: the first cause stays. Never blocks.
+    pub fn abort(&self, cause: &Error) {
+        // Somebody of this rank is reporting right now: the group ends all the same.
+        let Ok(_turn) = self.reporting.try_lock() else {
+            return;
+        };
+        if self.end().is_some() {
+            return;
+        }
+        write_detail(&self.own_head().detail.0, cause);
+        let culprit = u32::try_from(cause.peer).ok();
+        word::abort(self.word(), cause.status, self.rank, culprit);
+        for rank in 0..self.size() {
+            // Peers' memory is read-only here: their bells are only woken, not changed. A sleeper
+            // that falls asleep just now looks again after its slice.
+            patience::futex_wake(&self.head(rank).bell.0);
+        }
+    }
+
+    /// The first cause, with the text of the rank that reported it.
+    pub fn cause(&self) -> Option<Error> {
+        let end = self.end()?;
+        let origin = end.origin.min(self.size() - 1);
+        let mut error = read_detail(&self.head(origin).detail.0);
+        error.status = end.status;
+        error.peer = end.culprit.map_or(-1, |r| r as i32);
+        Some(error)
+    }
+}
+
+fn write_detail(detail: &Detail, cause: &Error) {
+    let mut len = cause.message.len().min(MESSAGE - 1);
+    while !cause.message.is_char_boundary(len) {
+        len -= 1;
+    }
+    for (i, word) in detail.text.iter().enumerate() {
+        let mut bytes = [0u8; 8];
+        let from = cause
+            .message
+            .as_bytes()
+            .get(i * 8..len.min(i * 8 + 8))
+            .unwrap_or(&[]);
+        bytes[..from.len()].copy_from_slice(from);
+        word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
+    }
+    detail.native.store(cause.native, Ordering::Relaxed);
+    detail.len.store(len as u32, Ordering::Relaxed);
+}
+
+fn read_detail(detail: &Detail) -> Error {
+    let len = (detail.len.load(Ordering::Relaxed) as usize).min(MESSAGE - 1);
+    let text: Vec<u8> = detail
+        .text
+        .iter()
+        .flat_map(|w| w.load(Ordering::Relaxed).to_ne_bytes())
+        .take(len)
+        .collect();
+    let mut error = Error::new(Status::Transport, String::from_utf8_lossy(&text));
+    error.native = detail.native.load(Ordering::Relaxed);
+    error
+}
+
+/// The memory of a group whose ranks are threads.
+struct Threads {
+    ranks: Vec<Mapping>,
+    word: AtomicU64,
+}
+
+/// The ends of a group of `size` threads.
+pub fn local(size: u32, layout: Layout) -> Result<Vec<Group>> {
+    let ranks = (0..size)
+        .map(|_| Mapping::anonymous(layout.total))
+        .collect::<Result<Vec<_>>>()?;
+    for memory in &ranks {
+        memory.commit(0, layout.staging_at)?;
+    }
+    let memory = std::sync::Arc::new(Threads {
+        ranks,
+        word: AtomicU64::new(0),
+    });
+    let group = |rank: u32| {
+        let bases = memory.ranks.iter().map(Mapping::as_ptr).collect();
+        let mine = memory.clone();
+        let commit = move |at, bytes| mine.ranks[rank as usize].commit(at, bytes);
+        // SAFETY: the mappings and the word live as long as the Arc; rank r's memory is only
+        // written through rank r's end; anonymous memory is zero.
+        unsafe {
+            Group::new(
+                rank,
+                layout,
+                bases,
+                &memory.word,
+                Box::new(commit),
+                Box::new(memory.clone()),
+            )
+        }
+    };
+    Ok((0..size).map(group).collect())
+}
+
+/// Checks that the atomics in shared memory are what the layout assumes.
+const _: () = {
+    assert!(std::mem::size_of::<Line>() == 64);
+    assert!(std::mem::size_of::<Head>() % 64 == 0);
+    assert!(std::mem::size_of::<AtomicU32>() == 4);
+};

@@ -1,0 +1,12 @@
+//! What ranks share: memory with a protocol over it ([`group`]), for threads or, found by a
+//! [`rendezvous`], for processes ([`shm`]); or an [`engine`] that carries collectives.
+
+pub mod control;
+pub mod engine;
+pub mod group;
+pub mod mapping;
+pub mod patience;
+pub mod rendezvous;
+pub mod rundir;
+pub mod shm;
+pub mod word;

@@ -1,0 +1,267 @@
+//! Communicators: create, query, all-gather, abort, free.
+
+use std::ffi::{c_char, c_void};
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::engine::Transport;
+use super::read::{given, overlap, structure, text};
+use super::{answer, guarded, hook_panics, look_up, too_many};
+use crate::error::{invalid, unsupported, Error, Result, Status};
+use crate::ffi::{rsb_comm, rsb_comm_config, rsb_error, rsb_status, rsb_transport, RSB_COMM_EXACT};
+use crate::handle::{Pinned, Table};
+use crate::lane::{Endpoint, Options};
+use crate::layout::total_bytes;
+use crate::log;
+
+static COMMS: Table<Endpoint> = Table::new(0xb1);
+
+/// The comm of a handle.
+#[inline]
+pub fn comm_of(handle: *const rsb_comm) -> Result<Pinned<'static, Endpoint>> {
+    look_up(&COMMS, handle as u64, "comm", "rsb_comm")
+}
+
+fn insert(end: Arc<Endpoint>) -> Result<*mut rsb_comm> {
+    let token = COMMS.insert(end).ok_or_else(|| too_many("rsb_comm"))?;
+    Ok(token as *mut rsb_comm)
+}
+
+/// # Safety
+/// `config` is NULL or points to what its struct_size says.
+unsafe fn options(config: *const rsb_comm_config) -> Result<Options> {
+    let mut options = Options::default();
+    if config.is_null() {
+        return Ok(options);
+    }
+    // SAFETY: by the promise of this function; any bytes make the struct.
+    let c = unsafe { structure(config, "config")? };
+    if c.flags & !RSB_COMM_EXACT != 0 {
+        return Err(unsupported!(
+            "config->flags: {:#x}; expected bits of {RSB_COMM_EXACT:#x}",
+            c.flags
+        ));
+    }
+    for (name, stream) in [("stream", c.stream), ("result_stream", c.result_stream)] {
+        if !stream.is_null() {
+            return Err(invalid!(
+                "config->{name}: given for a comm of host memory; expected NULL"
+            ));
+        }
+    }
+    options.timeout = match c.timeout_ns {
+        0 => options.timeout,
+        u64::MAX => None,
+        ns => Some(Duration::from_nanos(ns)),
+    };
+    options.exact = c.flags & RSB_COMM_EXACT != 0;
+    // SAFETY: the label is NULL or NUL-terminated.
+    options.label = unsafe { text(c.label) }
+        .unwrap_or_default()
+        .chars()
+        .take(64)
+        .collect();
+    options.staging_bytes = c.staging_bytes;
+    if !c.control.is_null() {
+        options.control =
+            Some(look_up(&COMMS, c.control as u64, "config->control", "rsb_comm")?.arc());
+    }
+    Ok(options)
+}
+
+pub unsafe fn comm_create_local(
+    size: u32,
+    config: *const rsb_comm_config,
+    out_comms: *mut *mut rsb_comm,
+    err: *mut rsb_error,
+) -> rsb_status {
+    let create = || {
+        hook_panics();
+        given(out_comms, "out_comms")?;
+        // SAFETY: the caller keeps the rules of the header.
+        let options = unsafe { options(config)? };
+        let mut handles = Vec::new();
+        for end in Endpoint::local(size, &options)? {
+            match insert(end) {
+                Ok(handle) => handles.push(handle),
+                Err(e) => {
+                    handles.iter().for_each(|&h| drop(COMMS.remove(h as u64)));
+                    return Err(e);
+                }
+            }
+        }
+        for (i, handle) in handles.into_iter().enumerate() {
+            // SAFETY: there is room for `size` handles.
+            unsafe { out_comms.add(i).write(handle) };
+        }
+        log::write(
+            log::Level::Info,
+            "comm",
+            format_args!("{size} ranks as threads"),
+        );
+        Ok(())
+    };
+    // SAFETY: err is NULL or may be written.
+    unsafe { answer(guarded(create), err) }
+}
+
+pub unsafe fn comm_create_shm(
+    name: *const c_char,
+    rank: u32,
+    size: u32,
+    config: *const rsb_comm_config,
+    out_comm: *mut *mut rsb_comm,
+    err: *mut rsb_error,
+) -> rsb_status {
+    let create = || {
+        hook_panics();
+        given(out_comm, "out_comm")?;
+        // SAFETY: the caller keeps the rules of the header.
+        let (name, options) = unsafe { (text(name), options(config)?) };
+        let name = name.ok_or_else(|| invalid!("name: NULL; expected this job's name"))?;
+        let handle = insert(Endpoint::shm(&name, rank, size, &options)?)?;
+        // SAFETY: there is room for a handle.
+        unsafe { out_comm.write(handle) };
+        log::write(
+            log::Level::Info,
+            "comm",
+            format_args!("rank {rank} of {size} processes"),
+        );
+        Ok(())
+    };
+    // SAFETY: err is NULL or may be written.
+    unsafe { answer(guarded(create), err) }
+}
+
+pub unsafe fn comm_wrap_nccl(
+    _nccl_comm: *mut c_void,
+    _config: *const rsb_comm_config,
+    _out_comm: *mut *mut rsb_comm,
+    err: *mut rsb_error,
+) -> rsb_status {
+    let e =
+        unsupported!("rsb_comm_wrap_nccl: this version is built without NCCL; see rsb_features()");
+    // SAFETY: err is NULL or may be written.
+    unsafe { answer(Err(e), err) }
+}
+
+pub unsafe fn comm_create_custom(
+    transport: *const rsb_transport,
+    rank: u32,
+    size: u32,
+    config: *const rsb_comm_config,
+    out_comm: *mut *mut rsb_comm,
+    err: *mut rsb_error,
+) -> rsb_status {
+    let create = || {
+        hook_panics();
+        given(out_comm, "out_comm")?;
+        // SAFETY: the caller keeps the rules of the header.
+        let (table, options) = unsafe { (structure(transport, "transport")?, options(config)?) };
+        let (engine, abilities) = Transport::new(table)?;
+        let armed = engine.armed();
+        let end = Endpoint::custom(Box::new(engine), abilities, (rank, size), &options)?;
+        let handle = insert(end)?;
+        armed.store(true, Ordering::Release);
+        // SAFETY: there is room for a handle.
+        unsafe { out_comm.write(handle) };
+        log::write(
+            log::Level::Info,
+            "comm",
+            format_args!("rank {rank} of {size} on a transport"),
+        );
+        Ok(())
+    };
+    // SAFETY: err is NULL or may be written.
+    unsafe { answer(guarded(create), err) }
+}
+
+pub unsafe fn comm_rank(comm: *const rsb_comm) -> u32 {
+    guarded(|| Ok(comm_of(comm)?.rank())).unwrap_or(u32::MAX)
+}
+
+pub unsafe fn comm_size(comm: *const rsb_comm) -> u32 {
+    guarded(|| Ok(comm_of(comm)?.size())).unwrap_or(0)
+}
+
+pub unsafe fn comm_status(comm: *const rsb_comm, err: *mut rsb_error) -> rsb_status {
+    // SAFETY: err is NULL or may be written.
+    unsafe { answer(guarded(|| comm_of(comm)?.status()), err) }
+}
+
+pub unsafe fn comm_all_gather(
+    comm: *mut rsb_comm,
+    input: *const c_void,
+    output: *mut c_void,
+    bytes: usize,
+    err: *mut rsb_error,
+) -> rsb_status {
+    let gather = || {
+        let comm = comm_of(comm)?;
+        let (input, output) = (input.cast::<u8>(), output.cast::<u8>());
+        let size = comm.size();
+        let Some(all) = total_bytes(bytes, size, 1) else {
+            return Err(invalid!(
+                "bytes: {bytes} for each of {size} ranks is more than memory can hold"
+            ));
+        };
+        if bytes > 0 {
+            given(input, "input")?;
+            given(output, "output")?;
+            let place = output.wrapping_add(comm.rank() as usize * bytes);
+            if input != place.cast_const() && overlap(input, bytes, output, all) {
+                return Err(invalid!(
+                    "output: overlaps input; expected no overlap, or input at rank {}'s place",
+                    comm.rank()
+                ));
+            }
+        }
+        // SAFETY: checked above; the rest is the header's rule.
+        let gathered = guarded(|| unsafe { comm.all_gather(input, output, bytes) });
+        poison_after_panic(&comm, gathered)
+    };
+    // SAFETY: err is NULL or may be written.
+    unsafe { answer(guarded(gather), err) }
+}
+
+/// A panic leaves ranks different: the comm ends with it.
+pub fn poison_after_panic<T>(comm: &Endpoint, result: Result<T>) -> Result<T> {
+    if let Err(e) = &result {
+        if e.status == Status::Panic {
+            comm.poison(&e.message);
+        }
+    }
+    result
+}
+
+pub unsafe fn comm_shrink(
+    comm: *mut rsb_comm,
+    _config: *const rsb_comm_config,
+    _out_comm: *mut *mut rsb_comm,
+    err: *mut rsb_error,
+) -> rsb_status {
+    let shrink = || -> Result<()> {
+        comm_of(comm)?;
+        Err(Error::new(
+            Status::Unsupported,
+            "rsb_comm_shrink: not in this version",
+        ))
+    };
+    // SAFETY: err is NULL or may be written.
+    unsafe { answer(guarded(shrink), err) }
+}
+
+pub unsafe fn comm_abort(comm: *mut rsb_comm) {
+    let _ = guarded(|| {
+        comm_of(comm)?.abort();
+        Ok(())
+    });
+}
+
+pub unsafe fn comm_free(comm: *mut rsb_comm) {
+    let _ = guarded(|| {
+        drop(COMMS.remove(comm as u64));
+        Ok(())
+    });
+}

@@ -1,0 +1,332 @@
+//! Handles as checked tokens: numbers that name an object, not addresses.
+//!
+//! A token is kind (8 bits) | generation (32) | index (24). The kinds are chosen so that no token is
+//! a canonical address: whoever dereferences one faults at once. A look-up pins the slot, so an
+//! object removed by another thread lives until the last call that uses it is over. Slots are never
+//! given back to the system, so a look-up of anything at all touches only our own memory.
+
+use std::cell::UnsafeCell;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use crate::fork;
+
+/// Why a token names nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bad {
+    /// NULL.
+    Null,
+    /// Stale, freed, of another kind, or invented.
+    Unknown,
+    /// It was made before this process was forked off.
+    Forked,
+}
+
+const FIRST_BITS: u32 = 6;
+const SEGMENTS: usize = 18;
+
+/// An array that only grows, in segments that never move, each twice as long as the one before.
+pub struct Segments<S> {
+    parts: [OnceLock<Box<[S]>>; SEGMENTS],
+    idle: Mutex<Idle>,
+}
+
+struct Idle {
+    indices: Vec<u32>,
+    next: u32,
+}
+
+impl<S: Default> Segments<S> {
+    /// An empty array.
+    pub const fn new() -> Segments<S> {
+        Segments {
+            parts: [const { OnceLock::new() }; SEGMENTS],
+            idle: Mutex::new(Idle {
+                indices: Vec::new(),
+                next: 0,
+            }),
+        }
+    }
+
+    fn place(index: u32) -> (usize, usize) {
+        let n = u64::from(index) + (1 << FIRST_BITS);
+        let part = 63 - n.leading_zeros() - FIRST_BITS;
+        (part as usize, (n - (1 << (part + FIRST_BITS))) as usize)
+    }
+
+    /// The element, if that part of the array exists.
+    #[inline]
+    pub fn get(&self, index: u32) -> Option<&S> {
+        let (part, at) = Self::place(index);
+        self.parts.get(part)?.get()?.get(at)
+    }
+
+    /// An index that nobody uses; none when there are too many.
+    pub fn take(&self) -> Option<u32> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = idle.indices.pop() {
+            return Some(index);
+        }
+        let (part, _) = Self::place(idle.next);
+        let cell = self.parts.get(part)?;
+        cell.get_or_init(|| {
+            (0..1usize << (part as u32 + FIRST_BITS))
+                .map(|_| S::default())
+                .collect()
+        });
+        idle.next += 1;
+        Some(idle.next - 1)
+    }
+
+    /// Gives an index back.
+    pub fn put(&self, index: u32) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.indices.push(index);
+    }
+}
+
+impl<S: Default> Default for Segments<S> {
+    fn default() -> Self {
+        Segments::new()
+    }
+}
+
+/// Makes a token.
+pub const fn token(kind: u8, generation: u32, index: u32) -> u64 {
+    (kind as u64) << 56 | (generation as u64) << 24 | index as u64 & 0xff_ffff
+}
+
+/// The generation and index of a token of this kind.
+#[inline]
+pub fn parts(kind: u8, token: u64) -> Option<(u32, u32)> {
+    (token >> 56 == u64::from(kind)).then_some(((token >> 24) as u32, token as u32 & 0xff_ffff))
+}
+
+const LIVE: u64 = 1;
+const FULL: u64 = 2;
+const PIN: u64 = 4;
+const PINS: u64 = 0xffff_fffc;
+
+/// generation 32 | pins 30 | full 1 | live 1.
+struct Slot<T> {
+    state: AtomicU64,
+    epoch: AtomicU32,
+    value: UnsafeCell<Option<Arc<T>>>,
+}
+
+impl<T> Default for Slot<T> {
+    fn default() -> Self {
+        Slot {
+            state: AtomicU64::new(0),
+            epoch: AtomicU32::new(0),
+            value: UnsafeCell::new(None),
+        }
+    }
+}
+
+// SAFETY: `value` is written only by whoever has just taken the index, before LIVE is set, or by the
+// one thread that turned FULL off with no pins left; it is read only while pinned.
+unsafe impl<T: Send + Sync> Sync for Slot<T> {}
+
+/// All objects of one kind that C holds handles to.
+pub struct Table<T: Send + Sync + 'static> {
+    kind: u8,
+    slots: Segments<Slot<T>>,
+}
+
+/// An object that cannot go away while this exists.
+pub struct Pinned<'a, T: Send + Sync + 'static> {
+    table: &'a Table<T>,
+    slot: &'a Slot<T>,
+    index: u32,
+}
+
+impl<T: Send + Sync> Table<T> {
+    /// An empty table. `kind` has its top bits 10 or 01, so that tokens are no addresses.
+    pub const fn new(kind: u8) -> Table<T> {
+        assert!(kind >> 6 == 1 || kind >> 6 == 2);
+        Table {
+            kind,
+            slots: Segments::new(),
+        }
+    }
+
+    /// Takes an object in and names it; none when there are too many.
+    pub fn insert(&self, value: Arc<T>) -> Option<u64> {
+        let index = self.slots.take()?;
+        let slot = self.slots.get(index)?;
+        // SAFETY: the index was idle: the slot is neither live nor full, so nobody reads the value.
+        unsafe { *slot.value.get() = Some(value) };
+        slot.epoch.store(fork::epoch(), Ordering::Relaxed);
+        let mut seen = slot.state.load(Ordering::Relaxed);
+        loop {
+            // Look-ups of stale tokens may be pinning right now: their pins stay.
+            let generation = ((seen >> 32) as u32).wrapping_add(1);
+            let next = u64::from(generation) << 32 | seen & PINS | FULL | LIVE;
+            let swap =
+                slot.state
+                    .compare_exchange_weak(seen, next, Ordering::Release, Ordering::Relaxed);
+            match swap {
+                Ok(_) => return Some(token(self.kind, generation, index)),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// The object that `token` names, pinned.
+    #[inline]
+    pub fn get(&self, token: u64) -> Result<Pinned<'_, T>, Bad> {
+        if token == 0 {
+            return Err(Bad::Null);
+        }
+        let (generation, index) = parts(self.kind, token).ok_or(Bad::Unknown)?;
+        let slot = self.slots.get(index).ok_or(Bad::Unknown)?;
+        let seen = slot.state.fetch_add(PIN, Ordering::Acquire);
+        let pinned = Pinned {
+            table: self,
+            slot,
+            index,
+        };
+        if (seen >> 32) as u32 != generation || seen & LIVE == 0 {
+            return Err(Bad::Unknown);
+        }
+        if slot.epoch.load(Ordering::Relaxed) != fork::epoch() {
+            return Err(Bad::Forked);
+        }
+        Ok(pinned)
+    }
+
+    /// Makes the token name nothing any more. Of several callers exactly one gets the object.
+    pub fn remove(&self, token: u64) -> Result<Arc<T>, Bad> {
+        let pinned = self.get(token)?;
+        let generation = token >> 24 & 0xffff_ffff;
+        let mut seen = pinned.slot.state.load(Ordering::Relaxed);
+        while seen >> 32 == generation && seen & LIVE != 0 {
+            let swap = pinned.slot.state.compare_exchange_weak(
+                seen,
+                seen & !LIVE,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            );
+            match swap {
+                Ok(_) => return Ok(pinned.arc()),
+                Err(now) => seen = now,
+            }
+        }
+        Err(Bad::Unknown)
+    }
+}
+
+impl<T: Send + Sync> Pinned<'_, T> {
+    /// Another owner of the object.
+    pub fn arc(&self) -> Arc<T> {
+        // SAFETY: pinned and checked live by `get`: the value is there and is not changed.
+        match unsafe { &*self.slot.value.get() } {
+            Some(value) => value.clone(),
+            None => unreachable!("a live slot holds a value"),
+        }
+    }
+}
+
+impl<T: Send + Sync> Deref for Pinned<'_, T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        // SAFETY: pinned and checked live by `get`: the value is there and is not changed.
+        match unsafe { &*self.slot.value.get() } {
+            Some(value) => value,
+            None => unreachable!("a live slot holds a value"),
+        }
+    }
+}
+
+impl<T: Send + Sync> Drop for Pinned<'_, T> {
+    #[inline]
+    fn drop(&mut self) {
+        let left = self.slot.state.fetch_sub(PIN, Ordering::AcqRel) - PIN;
+        if left & (PINS | FULL | LIVE) != FULL {
+            return;
+        }
+        // Removed, and the last pin is gone: one of those who see this empties the slot.
+        let emptied = left & !FULL;
+        let swap =
+            self.slot
+                .state
+                .compare_exchange(left, emptied, Ordering::AcqRel, Ordering::Relaxed);
+        if swap.is_ok() {
+            // SAFETY: turning FULL off with no pins left made this thread the only one to touch it.
+            let value = unsafe { (*self.slot.value.get()).take() };
+            self.table.slots.put(self.index);
+            drop(value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_name_one_object_until_it_is_removed() {
+        let table: Table<u32> = Table::new(0xb1);
+        let tokens: Vec<u64> = (0..500)
+            .map(|i| table.insert(Arc::new(i)).expect("room"))
+            .collect();
+        for (i, &t) in tokens.iter().enumerate() {
+            assert_eq!(*table.get(t).expect("live"), i as u32);
+            assert_ne!(t >> 47, 0, "a canonical address");
+        }
+        let pinned = table.get(tokens[7]).expect("live");
+        assert_eq!(table.remove(tokens[7]).map(|v| *v), Ok(7));
+        assert_eq!(*pinned, 7, "alive while pinned");
+        assert!(table.get(tokens[7]).is_err());
+        assert_eq!(table.remove(tokens[7]).err(), Some(Bad::Unknown));
+        drop(pinned);
+        let again = table.insert(Arc::new(1000)).expect("room");
+        assert_ne!(again, tokens[7]);
+        assert!(table.get(tokens[7]).is_err());
+        assert_eq!(table.get(0).err(), Some(Bad::Null));
+        for odd in [
+            1,
+            0xdead_beef,
+            u64::MAX,
+            again ^ 1 << 60,
+            again + (1 << 24),
+            again | 0xff_ffff,
+        ] {
+            assert_eq!(table.get(odd).err(), Some(Bad::Unknown), "{odd:#x}");
+        }
+    }
+
+    #[test]
+    fn the_object_dies_with_the_last_user() {
+        let table: Table<u32> = Table::new(0xb1);
+        let value = Arc::new(5);
+        let token = table.insert(value.clone()).expect("room");
+        let pinned = table.get(token).expect("live");
+        drop(table.remove(token));
+        assert_eq!(Arc::strong_count(&value), 2);
+        drop(pinned);
+        assert_eq!(Arc::strong_count(&value), 1);
+    }
+
+    #[test]
+    fn one_of_many_removers_wins() {
+        let table: Table<u32> = Table::new(0xb1);
+        for round in 0..200 {
+            let token = table.insert(Arc::new(round)).expect("room");
+            let wins: usize = std::thread::scope(|s| {
+                let threads: Vec<_> = (0..4)
+                    .map(|_| s.spawn(|| (table.get(token).is_ok(), table.remove(token).is_ok()).1))
+                    .collect();
+                threads
+                    .into_iter()
+                    .map(|t| t.join().expect("no panic") as usize)
+                    .sum()
+            });
+            assert_eq!(wins, 1);
+        }
+    }
+}

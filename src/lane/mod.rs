@@ -1,0 +1,381 @@
+//! How ops travel: what an `rsb_comm` handle names, and the two kinds of lane it may have.
+//!
+//! A lane holds the pending ops of one (bucketer, dtype, op) on one comm. Where ranks share memory it
+//! is a [`ring`]; on an engine it is a [`bucket`]. Both count ops: a lane's ops complete in order.
+
+pub mod bucket;
+pub mod ring;
+pub mod work;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use self::bucket::Buckets;
+use self::ring::Ring;
+use self::work::{Meter, Waited, Work};
+use crate::comm::control::Layout;
+use crate::comm::engine::{Abilities, Engine};
+use crate::comm::word::MAX_RANKS;
+use crate::comm::{group, shm};
+use crate::dtype::{DType, Op};
+use crate::error::{invalid, unsupported, Error, Result, Status};
+use crate::fingerprint::Call;
+use crate::layout::DEFAULT_STAGING;
+use crate::memory::Pool;
+
+/// Names a lane of one comm.
+pub type LaneId = u32;
+
+/// Settings of a comm.
+#[derive(Clone)]
+pub struct Options {
+    /// How long a wait may last without progress; none: for ever.
+    pub timeout: Option<Duration>,
+    /// Reduce as shared memory does, also on an engine.
+    pub exact: bool,
+    /// The caller's name for the comm, in errors; empty: none.
+    pub label: String,
+    /// A host comm of the same ranks for the cross-check.
+    pub control: Option<Arc<Endpoint>>,
+    /// Shared staging of a rank; 0: the default.
+    pub staging_bytes: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            timeout: Some(Duration::from_secs(300)),
+            exact: false,
+            label: String::new(),
+            control: None,
+            staging_bytes: 0,
+        }
+    }
+}
+
+impl Options {
+    fn layout(&self, size: u32) -> Result<Layout> {
+        if size == 0 || size > MAX_RANKS {
+            return Err(invalid!(
+                "size: {size}; expected 1 to {MAX_RANKS} ranks on one host"
+            ));
+        }
+        if self.control.is_some() {
+            return Err(invalid!(
+                "control: given; expected NULL, since ranks on one host are checked anyway"
+            ));
+        }
+        let staging = match self.staging_bytes {
+            0 => DEFAULT_STAGING.max(Layout::least_staging(size)),
+            bytes => bytes,
+        };
+        Layout::new(staging, size)
+    }
+}
+
+enum Lanes {
+    Ring(Ring),
+    Buckets(Buckets),
+}
+
+/// One rank's end of a group.
+pub struct Endpoint {
+    id: u64,
+    label: String,
+    lanes: Lanes,
+}
+
+fn endpoint(label: &str, lanes: Lanes) -> Arc<Endpoint> {
+    static IDS: AtomicU64 = AtomicU64::new(1);
+    Arc::new(Endpoint {
+        id: IDS.fetch_add(1, Ordering::Relaxed),
+        label: label.to_string(),
+        lanes,
+    })
+}
+
+impl Endpoint {
+    /// `size` ranks as threads of this process.
+    pub fn local(size: u32, options: &Options) -> Result<Vec<Arc<Endpoint>>> {
+        let layout = options.layout(size)?;
+        let ends = group::local(size, layout)?.into_iter();
+        let ring = |group| Lanes::Ring(Ring::new(group, options.timeout));
+        Ok(ends
+            .map(|group| endpoint(&options.label, ring(group)))
+            .collect())
+    }
+
+    /// `size` ranks as processes of this host.
+    pub fn shm(name: &str, rank: u32, size: u32, options: &Options) -> Result<Arc<Endpoint>> {
+        let layout = options.layout(size)?;
+        check_rank(rank, size)?;
+        let group = shm::join(name, rank, size, layout, options.timeout)?;
+        Ok(endpoint(
+            &options.label,
+            Lanes::Ring(Ring::new(group, options.timeout)),
+        ))
+    }
+
+    /// Rank `rank` of `size` on an engine. On error the engine is not released.
+    pub fn custom(
+        engine: Box<dyn Engine>,
+        abilities: Abilities,
+        (rank, size): (u32, u32),
+        options: &Options,
+    ) -> Result<Arc<Endpoint>> {
+        check_custom(abilities, rank, size, options)?;
+        let control = options.control.clone();
+        let place = (rank, size);
+        let lanes = Buckets::new(
+            engine,
+            abilities,
+            place,
+            options.exact,
+            options.timeout,
+            control,
+        );
+        Ok(endpoint(&options.label, Lanes::Buckets(lanes)))
+    }
+
+    /// A number that no other comm of this process has or had.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        match &self.lanes {
+            Lanes::Ring(ring) => ring.group().rank(),
+            Lanes::Buckets(buckets) => buckets.place().0,
+        }
+    }
+
+    /// Ranks of the group.
+    pub fn size(&self) -> u32 {
+        match &self.lanes {
+            Lanes::Ring(ring) => ring.group().size(),
+            Lanes::Buckets(buckets) => buckets.place().1,
+        }
+    }
+
+    /// The sticky first cause.
+    pub fn status(&self) -> Result<()> {
+        let cause = match &self.lanes {
+            Lanes::Ring(ring) => ring.group().cause(),
+            Lanes::Buckets(buckets) => buckets.cause().map(|e| Error::clone(&e)),
+        };
+        cause.map_or(Ok(()), |e| Err(self.named(e)))
+    }
+
+    /// Ends the group. Any thread; never blocks.
+    pub fn abort(&self) {
+        let text = format!("rsb_comm_abort was called on rank {}", self.rank());
+        self.end(Error::new(Status::Aborted, text));
+    }
+
+    /// A bug of ours was caught in a call on this comm: peers must not wait for it.
+    pub fn poison(&self, message: &str) {
+        let text = format!("rank {}: {message}", self.rank());
+        self.end(Error::new(Status::Panic, text));
+    }
+
+    fn end(&self, cause: Error) {
+        match &self.lanes {
+            Lanes::Ring(ring) => ring.group().abort(&cause),
+            Lanes::Buckets(buckets) => buckets.abort(cause),
+        }
+    }
+
+    /// Puts the comm's label before an error's sentence.
+    pub fn named(&self, mut error: Error) -> Error {
+        if !self.label.is_empty() {
+            error.message = format!("{}: {}", self.label, error.message);
+        }
+        error
+    }
+
+    fn naming<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|e| self.named(e))
+    }
+
+    /// Bytes of shared staging that this rank has made real.
+    pub fn staging(&self) -> u64 {
+        match &self.lanes {
+            Lanes::Ring(ring) => ring.committed(),
+            Lanes::Buckets(_) => 0,
+        }
+    }
+
+    /// The number that a bucketer gets on its first use of this comm.
+    pub fn next_ordinal(&self) -> u32 {
+        match &self.lanes {
+            Lanes::Ring(ring) => ring.next_ordinal(),
+            Lanes::Buckets(buckets) => buckets.next_ordinal(),
+        }
+    }
+
+    /// A new lane.
+    pub fn open_lane(&self, dtype: DType, op: Op) -> LaneId {
+        match &self.lanes {
+            Lanes::Ring(ring) => ring.open_lane(dtype, op),
+            Lanes::Buckets(buckets) => buckets.open_lane(dtype, op),
+        }
+    }
+
+    /// Forgets a lane, what waits in it, and where its results go.
+    pub fn close_lane(&self, id: LaneId) {
+        match &self.lanes {
+            Lanes::Ring(ring) => ring.close_lane(id),
+            Lanes::Buckets(buckets) => buckets.close_lane(id),
+        }
+    }
+
+    /// Frees the idle buckets of a lane. A comm's staging stays.
+    pub fn release_buffers(&self, id: LaneId) {
+        if let Lanes::Buckets(buckets) = &self.lanes {
+            buckets.release_buffers(id);
+        }
+    }
+
+    /// Takes a waiting op; buckets are made in `pool`. Ops of a lane are counted from 1.
+    ///
+    /// # Safety
+    /// The pointers of `work` are as the contract's rule 6 says; with `borrow`, and for the output,
+    /// until the op is complete or its lane is closed.
+    pub unsafe fn submit(
+        &self,
+        id: LaneId,
+        work: &Work,
+        pool: &Arc<Pool>,
+        meter: &mut Meter,
+    ) -> Result<()> {
+        // SAFETY: by the promise of this function.
+        self.naming(unsafe {
+            match &self.lanes {
+                Lanes::Ring(ring) => ring.submit(id, work, meter),
+                Lanes::Buckets(buckets) => buckets.submit(id, work, pool, meter),
+            }
+        })
+    }
+
+    /// Takes a launch or flush that finds something open into the sequence.
+    pub fn announce(&self, call: &Call, meter: &mut Meter) -> Result<()> {
+        self.naming(match &self.lanes {
+            Lanes::Ring(ring) => ring.announce(call, meter),
+            Lanes::Buckets(buckets) => buckets.announce(call, meter),
+        })
+    }
+
+    /// Starts the communication of what a lane holds.
+    pub fn launch(&self, id: LaneId, meter: &mut Meter) -> Result<()> {
+        self.naming(match &self.lanes {
+            Lanes::Ring(ring) => ring.launch(id, meter),
+            Lanes::Buckets(buckets) => buckets.launch(id, meter),
+        })
+    }
+
+    /// Carries out an op at once.
+    ///
+    /// # Safety
+    /// The pointers of `work` are as the contract's rule 6 says.
+    pub unsafe fn direct(&self, work: &Work, pool: &Arc<Pool>, meter: &mut Meter) -> Result<()> {
+        // SAFETY: by the promise of this function.
+        self.naming(unsafe {
+            match &self.lanes {
+                Lanes::Ring(ring) => ring.direct(work, meter),
+                Lanes::Buckets(buckets) => buckets.direct(work, pool, meter),
+            }
+        })
+    }
+
+    /// How many ops of a lane are complete; and why no more will be, if so.
+    pub fn completed(&self, id: LaneId) -> (u64, Option<Error>) {
+        let (count, failure) = match &self.lanes {
+            Lanes::Ring(ring) => ring.completed(id),
+            Lanes::Buckets(buckets) => buckets.completed(id),
+        };
+        (count, failure.map(|e| self.named(Error::clone(&e))))
+    }
+
+    /// Carries on what can be carried on now.
+    pub fn carry_on(&self, meter: &mut Meter) {
+        match &self.lanes {
+            Lanes::Ring(ring) => ring.carry_on(meter),
+            Lanes::Buckets(buckets) => buckets.carry_on(meter),
+        }
+    }
+
+    /// Waits until `target` ops of a lane are complete or the comm has failed, until `limit` at most.
+    pub fn wait(
+        &self,
+        id: LaneId,
+        target: u64,
+        limit: Option<Instant>,
+        meter: &mut Meter,
+    ) -> Waited {
+        match &self.lanes {
+            Lanes::Ring(ring) => ring.wait(id, target, limit, meter),
+            Lanes::Buckets(buckets) => buckets.wait(id, target, limit, meter),
+        }
+    }
+
+    /// Gathers `bytes` of every rank in rank order; 0 bytes: a barrier.
+    ///
+    /// # Safety
+    /// `input` has `bytes` bytes, `output` as many for every rank; the input may be this rank's place
+    /// in the output, and overlaps nothing else of it.
+    pub unsafe fn all_gather(&self, input: *const u8, output: *mut u8, bytes: usize) -> Result<()> {
+        let mut meter = Meter::default();
+        // SAFETY: by the promise of this function.
+        self.naming(unsafe {
+            match &self.lanes {
+                Lanes::Ring(ring) => ring.all_gather(input, output, bytes, &mut meter),
+                Lanes::Buckets(buckets) => buckets.all_gather(input, output, bytes, &mut meter),
+            }
+        })
+    }
+}
+
+fn check_rank(rank: u32, size: u32) -> Result<()> {
+    if rank >= size {
+        return Err(invalid!(
+            "rank: {rank}; expected 0 to {} for size {size}",
+            size.saturating_sub(1)
+        ));
+    }
+    Ok(())
+}
+
+fn check_custom(abilities: Abilities, rank: u32, size: u32, options: &Options) -> Result<()> {
+    if size == 0 || size > i32::MAX as u32 {
+        return Err(invalid!("size: {size}; expected 1 to {}", i32::MAX));
+    }
+    check_rank(rank, size)?;
+    if options.staging_bytes != 0 {
+        return Err(invalid!(
+            "staging_bytes: {}; expected 0, since a transport shares no memory",
+            options.staging_bytes
+        ));
+    }
+    if options.exact && !abilities.all_to_all {
+        return Err(unsupported!(
+            "flags: RSB_COMM_EXACT needs a transport with ALL_TO_ALL; this one has none"
+        ));
+    }
+    if let Some(control) = &options.control {
+        if matches!(control.lanes, Lanes::Buckets(_)) {
+            return Err(invalid!(
+                "control: a comm on a transport; expected a local or shm comm"
+            ));
+        }
+        if (control.rank(), control.size()) != (rank, size) {
+            return Err(invalid!(
+                "control: rank {} of {}; expected rank {rank} of {size}, like this comm",
+                control.rank(),
+                control.size()
+            ));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,536 @@
+//! The ring lane: ops travel in chunks of about the size of a cache, through memory all ranks read.
+//!
+//! A rank copies its rows into a chunk and publishes it when it is full, or when its bucket is
+//! launched; once all ranks have published chunk k, each reduces its own row of k straight into the
+//! results. So a large tensor streams through like many small ones, and on one host the chunk in
+//! cache is the real bucket. [`State`] never waits; all waiting is here, with the lock released.
+
+mod desync;
+mod state;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use self::state::{Chunk, Content, Piece, State};
+use super::work::{Meter, Waited, Work};
+use super::LaneId;
+use crate::comm::group::{Group, Stall};
+use crate::comm::patience::Patience;
+use crate::dtype::{DType, Op};
+use crate::error::{Error, Result, Status};
+use crate::fingerprint::{Call, CallKind};
+use crate::layout::aligned;
+
+pub use self::desync::name as name_difference;
+
+/// One rank's ring.
+pub struct Ring {
+    group: Group,
+    timeout: Option<Duration>,
+    state: Mutex<State>,
+}
+
+type Held<'a> = MutexGuard<'a, State>;
+
+impl Ring {
+    /// The ring of one rank's end of a group. `timeout`: none waits for ever.
+    pub fn new(group: Group, timeout: Option<Duration>) -> Ring {
+        Ring {
+            group,
+            timeout,
+            state: Mutex::new(State::new()),
+        }
+    }
+
+    /// The group.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    fn lock(&self) -> Held<'_> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state of a comm that has not failed.
+    fn enter(&self, meter: &mut Meter) -> Result<Held<'_>> {
+        let mut st = self.lock();
+        if st.failure.is_none() && self.group.end().is_some() {
+            st.progress(&self.group, meter);
+        }
+        match &st.failure {
+            Some(e) => Err(Error::clone(e)),
+            None => Ok(st),
+        }
+    }
+
+    /// The first cause, once everything committed before it is reduced.
+    pub fn failure(&self) -> Option<Arc<Error>> {
+        self.lock().failure.clone()
+    }
+
+    /// Bytes of staging that this rank has made real.
+    pub fn committed(&self) -> u64 {
+        self.lock().committed(&self.group)
+    }
+
+    /// A new lane.
+    pub fn open_lane(&self, dtype: DType, op: Op) -> LaneId {
+        self.lock().open_lane(dtype, op)
+    }
+
+    /// Forgets a lane and where its results go.
+    pub fn close_lane(&self, id: LaneId) {
+        self.lock().close_lane(id);
+    }
+
+    /// How many ops of a lane are complete, and why no more will be.
+    pub fn completed(&self, id: LaneId) -> (u64, Option<Arc<Error>>) {
+        let mut st = self.lock();
+        (st.lane(id).reduced, st.failure.clone())
+    }
+
+    /// Reduces what can be reduced now.
+    pub fn carry_on(&self, meter: &mut Meter) {
+        self.lock().progress(&self.group, meter);
+    }
+
+    /// The number that a bucketer gets on its first use of this comm.
+    pub fn next_ordinal(&self) -> u32 {
+        self.lock().ordinals
+    }
+
+    /// Stages a waiting op. The op counts once this returns OK.
+    ///
+    /// # Safety
+    /// The pointers of `work` are as the contract's rule 6 says; with `borrow`, and for the output,
+    /// until the op is complete or its lane is closed.
+    pub unsafe fn submit(&self, id: LaneId, work: &Work, meter: &mut Meter) -> Result<()> {
+        let mut st = self.enter(meter)?;
+        let element = work.dtype.size();
+        let room = self.group.layout().geometry.row_bytes;
+        let mut spare = None;
+        let lane = st.lane(id);
+        let start = lane
+            .open
+            .as_ref()
+            .map_or(0, |c| aligned(c.fill, work.bytes()));
+        let ready = lane.open.as_ref().is_some_and(|c| c.slot.is_some()) && start + element <= room;
+        if work.numel > 0 && !ready {
+            // Memory may be missing only now, before the op counts.
+            let (held, slot) = self.slot(st, meter)?;
+            (st, spare) = (held, Some(slot));
+        }
+        self.accept(&mut st, &work.call);
+        let mut done = 0;
+        loop {
+            if st.lane(id).open.is_none() {
+                st = self.open_chunk(st, id, meter)?;
+            }
+            let lane = st.lane(id);
+            let staged = lane.staged;
+            let Some(chunk) = lane.open.as_mut() else {
+                continue;
+            };
+            let at = aligned(chunk.fill, (work.numel - done) * element);
+            let count = (work.numel - done).min(room.saturating_sub(at) / element);
+            if work.numel > done && count == 0 {
+                st = self.publish(st, id, meter)?;
+                continue;
+            }
+            if count > 0 {
+                let slot = match chunk.slot.or(spare.take()) {
+                    Some(slot) => slot,
+                    None => {
+                        let (held, slot) = self.slot(st, meter)?;
+                        (st, spare) = (held, Some(slot));
+                        continue;
+                    }
+                };
+                chunk.slot = Some(slot);
+                chunk.fill = at + count * element;
+                // SAFETY: by the promise of this function, and by `count`'s choice.
+                let piece = unsafe { self.stage(work, slot, at, done, count, work.borrow, meter) };
+                if let Content::Rows { pieces, .. } = &mut chunk.content {
+                    pieces.push(piece);
+                }
+                done += count;
+            }
+            if done == work.numel {
+                chunk.ops_end = staged + 1;
+                lane.staged = staged + 1;
+            }
+            if chunk.fill + element > room {
+                st = self.publish(st, id, meter)?;
+            }
+            if done == work.numel {
+                break;
+            }
+        }
+        if let Some(slot) = spare {
+            st.unslot(slot);
+        }
+        Ok(())
+    }
+
+    /// Takes a call into the sequence; a bucketer's first one gives it its number.
+    fn accept(&self, st: &mut State, call: &Call) {
+        if call.kind == CallKind::Submit {
+            st.ordinals = st.ordinals.max(call.ordinal + 1);
+        }
+        st.record(&self.group, &call.words());
+    }
+
+    /// Copies elements `from..from + count` of all rows into a chunk, this rank's own only if it
+    /// cannot be read from the caller's memory later.
+    ///
+    /// # Safety
+    /// As for `submit`; the stretch fits into a row at `at`.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn stage(
+        &self,
+        work: &Work,
+        slot: u32,
+        at: usize,
+        from: usize,
+        count: usize,
+        lent: bool,
+        meter: &mut Meter,
+    ) -> Piece {
+        let element = work.dtype.size();
+        let (chunk, row_bytes) = (
+            self.group.own_chunk(slot),
+            self.group.layout().geometry.row_bytes,
+        );
+        let me = self.group.rank();
+        // SAFETY: the caller's rows have `from + count` elements, or zeros for them; the chunk has a
+        // row for every rank; no peer reads it before it is published.
+        unsafe {
+            let own = if lent && work.is_whole(me, from, count) {
+                work.row(me).0.add(from * element)
+            } else {
+                std::ptr::null()
+            };
+            for rank in 0..self.group.size() {
+                if rank != me || own.is_null() {
+                    work.copy_row(rank, from, count, chunk.add(rank as usize * row_bytes + at));
+                    meter.copied += (count * element) as u64;
+                }
+            }
+            Piece {
+                at,
+                count,
+                output: work.output.add(from * work.finish.output.size()),
+                own,
+                finish: work.finish,
+            }
+        }
+    }
+
+    /// Opens a chunk for a lane. Should fewer than half of all chunks be left for travelling, the
+    /// oldest open one is published first.
+    fn open_chunk<'a>(
+        &'a self,
+        mut st: Held<'a>,
+        id: LaneId,
+        meter: &mut Meter,
+    ) -> Result<Held<'a>> {
+        while st.open.len() + 1 > self.group.layout().geometry.chunks / 2 {
+            let Some(&oldest) = st.open.front() else {
+                break;
+            };
+            st = self.publish(st, oldest, meter)?;
+        }
+        let pieces = st.pieces();
+        let lane = st.lane(id);
+        if lane.open.is_none() {
+            lane.open = Some(Chunk {
+                slot: None,
+                lane: Some(id),
+                ops_end: lane.staged,
+                fill: 0,
+                content: Content::Rows {
+                    dtype: lane.dtype,
+                    op: lane.op,
+                    pieces,
+                },
+            });
+            st.open.push_back(id);
+        }
+        Ok(st)
+    }
+
+    /// Publishes a lane's open chunk, if it has one.
+    fn publish<'a>(&'a self, st: Held<'a>, id: LaneId, meter: &mut Meter) -> Result<Held<'a>> {
+        let mut st = self.line(st, meter)?;
+        let Some(chunk) = st.lane(id).open.take() else {
+            return Ok(st);
+        };
+        st.open.retain(|&open| open != id);
+        st.publish(&self.group, chunk);
+        st.progress(&self.group, meter);
+        Ok(st)
+    }
+
+    /// Takes a launch or flush that finds something open into the sequence.
+    pub fn announce(&self, call: &Call, meter: &mut Meter) -> Result<()> {
+        let mut st = self.enter(meter)?;
+        self.accept(&mut st, call);
+        Ok(())
+    }
+
+    /// Publishes what a lane has staged.
+    pub fn launch(&self, id: LaneId, meter: &mut Meter) -> Result<()> {
+        let st = self.enter(meter)?;
+        self.publish(st, id, meter).map(drop)
+    }
+
+    /// Carries out an op at once: streams it through chunks of its own and waits for the result.
+    ///
+    /// # Safety
+    /// The pointers of `work` are as the contract's rule 6 says, during the call.
+    pub unsafe fn direct(&self, work: &Work, meter: &mut Meter) -> Result<()> {
+        let mut st = self.enter(meter)?;
+        let element = work.dtype.size();
+        let room = self.group.layout().geometry.row_bytes / element;
+        let mut spare = None;
+        if work.numel > 0 {
+            let (held, slot) = self.slot(st, meter)?;
+            (st, spare) = (held, Some(slot));
+        }
+        self.accept(&mut st, &work.call);
+        let mut done = 0;
+        let last = loop {
+            let count = (work.numel - done).min(room);
+            let mut content = Content::Nothing;
+            let mut slot = None;
+            if count > 0 {
+                let place = match spare.take() {
+                    Some(place) => place,
+                    None => {
+                        let (held, place) = self.slot(st, meter)?;
+                        st = held;
+                        place
+                    }
+                };
+                slot = Some(place);
+                // SAFETY: by the promise of this function; the input stays until this op is over.
+                let piece = unsafe { self.stage(work, place, 0, done, count, true, meter) };
+                let mut pieces = st.pieces();
+                pieces.push(piece);
+                content = Content::Rows {
+                    dtype: work.dtype,
+                    op: work.op,
+                    pieces,
+                };
+            }
+            done += count;
+            st = self.line(st, meter)?;
+            let chunk = Chunk {
+                slot,
+                lane: None,
+                ops_end: 0,
+                fill: count * element,
+                content,
+            };
+            let seq = st.publish(&self.group, chunk);
+            st.progress(&self.group, meter);
+            if done == work.numel {
+                break seq;
+            }
+        };
+        self.reduced(st, last, meter)
+    }
+
+    /// Waits until chunk `seq` is reduced here.
+    fn reduced(&self, st: Held<'_>, seq: u64, meter: &mut Meter) -> Result<()> {
+        let over = |st: &mut State| (st.reduced > seq).then_some(Ok(()));
+        self.wait_for(st, None, meter, over).map(drop)
+    }
+
+    /// Gathers `bytes` of every rank into `output`, in rank order; the input may be this rank's place.
+    ///
+    /// # Safety
+    /// `input` has `bytes` bytes, `output` as many for every rank; they overlap as said or not at all.
+    pub unsafe fn all_gather(
+        &self,
+        input: *const u8,
+        output: *mut u8,
+        bytes: usize,
+        meter: &mut Meter,
+    ) -> Result<()> {
+        let mut st = self.enter(meter)?;
+        let room = self.group.layout().geometry.chunk_bytes;
+        let mut spare = None;
+        if bytes > 0 {
+            let (held, slot) = self.slot(st, meter)?;
+            (st, spare) = (held, Some(slot));
+        }
+        self.accept(
+            &mut st,
+            &Call::bare(CallKind::AllGather, 0, 0, bytes as u64),
+        );
+        let mut done = 0;
+        let last = loop {
+            let count = (bytes - done).min(room);
+            let mut content = Content::Nothing;
+            let mut slot = None;
+            if count > 0 {
+                let place = match spare.take() {
+                    Some(place) => place,
+                    None => {
+                        let (held, place) = self.slot(st, meter)?;
+                        st = held;
+                        place
+                    }
+                };
+                slot = Some(place);
+                // SAFETY: by the promise of this function; the chunk is not published yet.
+                unsafe {
+                    input
+                        .add(done)
+                        .copy_to_nonoverlapping(self.group.own_chunk(place), count)
+                };
+                meter.copied += count as u64;
+                content = Content::Gather {
+                    output: output.wrapping_add(done),
+                    stride: bytes,
+                    bytes: count,
+                };
+            }
+            done += count;
+            st = self.line(st, meter)?;
+            let chunk = Chunk {
+                slot,
+                lane: None,
+                ops_end: 0,
+                fill: count,
+                content,
+            };
+            let seq = st.publish(&self.group, chunk);
+            st.progress(&self.group, meter);
+            if done == bytes {
+                break seq;
+            }
+        };
+        if bytes > 0 {
+            // SAFETY: this rank's place in the output, which the input may be.
+            unsafe { input.copy_to(output.add(self.group.rank() as usize * bytes), bytes) };
+        }
+        self.reduced(st, last, meter)
+    }
+
+    /// Waits until `target` ops of a lane are complete, or the comm has failed; until `limit` at most.
+    pub fn wait(
+        &self,
+        id: LaneId,
+        target: u64,
+        limit: Option<Instant>,
+        meter: &mut Meter,
+    ) -> Waited {
+        let st = self.lock();
+        let over = |st: &mut State| (st.lane(id).reduced >= target).then_some(Ok(()));
+        match self.wait_for(st, limit, meter, over) {
+            Ok((_, None)) => Waited::TimeUp,
+            _ => Waited::Over,
+        }
+    }
+
+    /// A free chunk of memory. Waits for peers only where some of ours travel.
+    fn slot<'a>(&'a self, st: Held<'a>, meter: &mut Meter) -> Result<(Held<'a>, u32)> {
+        let group = &self.group;
+        let free = |st: &mut State| st.slot(group).transpose();
+        match self.wait_for(st, None, meter, free)? {
+            (st, Some(slot)) => Ok((st, slot)),
+            (_, None) => Err(Error::new(Status::NoMemory, "staging: no chunk is free")),
+        }
+    }
+
+    /// A free line.
+    fn line<'a>(&'a self, mut st: Held<'a>, meter: &mut Meter) -> Result<Held<'a>> {
+        let group = &self.group;
+        if st.has_line(group) {
+            return Ok(st);
+        }
+        let free = |st: &mut State| st.has_line(group).then_some(Ok(()));
+        self.wait_for(st, None, meter, free).map(|(st, _)| st)
+    }
+
+    /// Waits until `over` has an answer, carrying on everything that travels; none once `limit` has
+    /// passed. The lock is released while this rank sleeps.
+    fn wait_for<'a, T>(
+        &'a self,
+        mut st: Held<'a>,
+        limit: Option<Instant>,
+        meter: &mut Meter,
+        mut over: impl FnMut(&mut State) -> Option<Result<T>>,
+    ) -> Result<(Held<'a>, Option<T>)> {
+        let group = &self.group;
+        let mut patience = Patience::new(group.spin());
+        let mut start = None;
+        let answer = loop {
+            let mut moved = false;
+            // What can be answered at once is not held up by work that other calls can do.
+            if let Some(answer) = over(&mut st).or_else(|| {
+                moved = st.progress(group, meter);
+                over(&mut st)
+            }) {
+                break answer.map(Some);
+            }
+            if let Some(e) = &st.failure {
+                break Err(Error::clone(e));
+            }
+            if moved {
+                patience.progress();
+            }
+            if limit.is_some_and(|t| Instant::now() >= t) {
+                break Ok(None);
+            }
+            let Some(stall) = st.stall(group) else {
+                continue;
+            };
+            start.get_or_insert_with(Instant::now);
+            drop(st);
+            patience.pause(
+                || group.is_over(&stall),
+                |slice| {
+                    let left = limit.map_or(slice, |t| t.saturating_duration_since(Instant::now()));
+                    group.sleep(&stall, slice.min(left));
+                },
+            );
+            self.lose_patience(&patience, &stall);
+            st = self.lock();
+        };
+        if let Some(start) = start {
+            meter.wait_ns += start.elapsed().as_nanos() as u64;
+        }
+        answer.map(|answer| (st, answer))
+    }
+
+    /// Ends the group if the awaited rank has left, or is too late.
+    fn lose_patience(&self, patience: &Patience, stall: &Stall) {
+        let (group, rank) = (&self.group, stall.rank());
+        if group.has_left(rank) && !group.is_over(stall) {
+            let text = format!(
+                "rank {rank} has left: it freed its comm while rank {} needs it",
+                group.rank()
+            );
+            group.abort(&Error::new(Status::PeerLost, text).blame(rank));
+        }
+        let Some(timeout) = self.timeout else { return };
+        if patience.waited() >= timeout && !group.is_over(stall) {
+            let text = format!(
+                "rank {} waited {:.3} s for rank {rank}, which has made {} calls on this comm",
+                group.rank(),
+                timeout.as_secs_f64(),
+                group.calls(rank)
+            );
+            group.abort(&Error::new(Status::Timeout, text).blame(rank));
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        self.group.leave();
+    }
+}

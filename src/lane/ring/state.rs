@@ -1,0 +1,458 @@
+//! What one rank knows about its chunks: which are open, which travel, which are reduced.
+//!
+//! Everything here happens under the ring's lock and never waits. Chunks are published in the order
+//! of the comm's sequence and reduced in that order; a chunk's memory is free again once all ranks
+//! have reduced it, and the most recently freed is used first, so that little memory stays hot.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::desync;
+use crate::comm::group::{Group, Stall};
+use crate::comm::word::Fate;
+use crate::dtype::{DType, Finish, Op};
+use crate::error::{Error, Result, Status};
+use crate::fingerprint::{Chain, Words};
+use crate::lane::work::Meter;
+use crate::lane::LaneId;
+use crate::reduce;
+
+/// A stretch of one op inside a chunk.
+pub struct Piece {
+    /// Byte offset in the row.
+    pub at: usize,
+    /// Elements.
+    pub count: usize,
+    /// Where the result goes.
+    pub output: *mut u8,
+    /// This rank's own row, if it is read from the caller's memory; null: it was staged.
+    pub own: *const u8,
+    /// The op's last step.
+    pub finish: Finish,
+}
+
+/// What becomes of a chunk's bytes.
+pub enum Content {
+    /// Row r belongs to rank r: its pieces are reduced.
+    Rows {
+        /// Type of the elements.
+        dtype: DType,
+        /// How they are reduced.
+        op: Op,
+        /// What lies in them.
+        pieces: Vec<Piece>,
+    },
+    /// The same bytes for everybody: a part of an all-gather.
+    Gather {
+        /// Where this part of rank 0's bytes goes.
+        output: *mut u8,
+        /// From one rank's place to the next.
+        stride: usize,
+        /// Bytes.
+        bytes: usize,
+    },
+    /// No bytes: ranks only meet.
+    Nothing,
+}
+
+/// A chunk of this rank.
+pub struct Chunk {
+    /// Its memory; none yet, or no bytes.
+    pub slot: Option<u32>,
+    /// The lane it belongs to; none: a direct op or an all-gather.
+    pub lane: Option<LaneId>,
+    /// Ops of the lane that are complete with it.
+    pub ops_end: u64,
+    /// Bytes used of each row.
+    pub fill: usize,
+    /// What is in it.
+    pub content: Content,
+}
+
+/// The chunks of one (bucketer, dtype, op).
+pub struct RingLane {
+    pub dtype: DType,
+    pub op: Op,
+    /// Ops staged in full.
+    pub staged: u64,
+    /// Ops reduced in full.
+    pub reduced: u64,
+    /// The part-full chunk.
+    pub open: Option<Chunk>,
+    /// Chunks published and not reduced.
+    pub travelling: u32,
+    /// Nobody asks for it any more.
+    pub dead: bool,
+}
+
+/// The state of one rank's ring.
+pub struct State {
+    /// Number of the next chunk to publish.
+    pub next: u64,
+    /// Chunks reduced.
+    pub reduced: u64,
+    /// Everything asked so far.
+    pub chain: Chain,
+    /// Bucketers that have used this comm.
+    pub ordinals: u32,
+    /// Published chunks whose memory is not free yet, oldest first.
+    closed: VecDeque<Chunk>,
+    free: Vec<u32>,
+    fresh: u32,
+    /// Lanes with an open chunk, oldest first.
+    pub open: VecDeque<LaneId>,
+    pub lanes: Vec<Option<RingLane>>,
+    spare: Vec<Vec<Piece>>,
+    rows: Vec<*const u8>,
+    sources: Vec<*const u8>,
+    /// The rank whose line was missing last.
+    awaited: u32,
+    /// The first cause, once all that was committed before it is reduced.
+    pub failure: Option<Arc<Error>>,
+}
+
+// SAFETY: the pointers are to callers' memory that stays valid until the piece is reduced or
+// dropped (rule 6), and the ring's lock lets one thread at a time use them.
+unsafe impl Send for State {}
+
+/// Chunks smaller than this are not timed: reading the clock would cost more than it tells.
+const TIMED: usize = 16 << 10;
+
+impl State {
+    pub fn new() -> State {
+        State {
+            next: 0,
+            reduced: 0,
+            chain: Chain::default(),
+            ordinals: 0,
+            closed: VecDeque::new(),
+            free: Vec::new(),
+            fresh: 0,
+            open: VecDeque::new(),
+            lanes: Vec::new(),
+            spare: Vec::new(),
+            rows: Vec::new(),
+            sources: Vec::new(),
+            awaited: 0,
+            failure: None,
+        }
+    }
+
+    /// Bytes of staging made real so far.
+    pub fn committed(&self, group: &Group) -> u64 {
+        u64::from(self.fresh) * group.layout().geometry.chunk_bytes as u64
+    }
+
+    pub fn lane(&mut self, id: LaneId) -> &mut RingLane {
+        match self.lanes.get_mut(id as usize) {
+            Some(Some(lane)) => lane,
+            _ => unreachable!("a lane is used between its opening and its closing"),
+        }
+    }
+
+    pub fn open_lane(&mut self, dtype: DType, op: Op) -> LaneId {
+        let lane = RingLane {
+            dtype,
+            op,
+            staged: 0,
+            reduced: 0,
+            open: None,
+            travelling: 0,
+            dead: false,
+        };
+        let idle = self.lanes.iter().position(Option::is_none);
+        let id = idle.unwrap_or(self.lanes.len());
+        if id == self.lanes.len() {
+            self.lanes.push(None);
+        }
+        self.lanes[id] = Some(lane);
+        id as LaneId
+    }
+
+    /// Forgets where the lane's results go. Its open chunk keeps its place, since peers may still
+    /// have it open: what is published, and when, is a function of the sequence alone.
+    pub fn close_lane(&mut self, id: LaneId) {
+        let State {
+            lanes,
+            closed,
+            spare,
+            ..
+        } = self;
+        let Some(Some(lane)) = lanes.get_mut(id as usize) else {
+            return;
+        };
+        lane.dead = true;
+        let own = closed.iter_mut().filter(|c| c.lane == Some(id));
+        own.chain(lane.open.as_mut())
+            .for_each(|chunk| empty(chunk, spare));
+        self.bury(id);
+    }
+
+    fn bury(&mut self, id: LaneId) {
+        let lane = self.lane(id);
+        if lane.dead && lane.open.is_none() && lane.travelling == 0 {
+            self.lanes[id as usize] = None;
+        }
+    }
+
+    /// Takes one call into the sequence.
+    #[inline]
+    pub fn record(&mut self, group: &Group, words: &Words) {
+        group.record(self.chain.calls, words);
+        self.chain.extend(words);
+    }
+
+    pub fn pieces(&mut self) -> Vec<Piece> {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// A free chunk of memory, used before or made real now. `Ok(None)`: one must be awaited.
+    pub fn slot(&mut self, group: &Group) -> Result<Option<u32>> {
+        self.reclaim(group);
+        if let Some(slot) = self.free.pop() {
+            return Ok(Some(slot));
+        }
+        let travelling = self.closed.iter().any(|c| c.slot.is_some());
+        if (self.fresh as usize) < group.layout().geometry.chunks {
+            match group.commit_chunk(self.fresh) {
+                Ok(()) => {
+                    self.fresh += 1;
+                    return Ok(Some(self.fresh - 1));
+                }
+                Err(e) if !travelling => return Err(e),
+                Err(_) => {}
+            }
+        } else if !travelling {
+            let text = "staging_bytes: every chunk is open in some lane; expected more staging";
+            return Err(Error::new(Status::NoMemory, text));
+        }
+        Ok(None)
+    }
+
+    /// Gives back a chunk of memory that was not used.
+    pub fn unslot(&mut self, slot: u32) {
+        self.free.push(slot);
+    }
+
+    fn first_closed(&self) -> u64 {
+        self.next - self.closed.len() as u64
+    }
+
+    fn reclaim(&mut self, group: &Group) {
+        if self.closed.is_empty() {
+            return;
+        }
+        let done = group.slowest().1.min(self.reduced);
+        while self.first_closed() < done {
+            let Some(chunk) = self.closed.pop_front() else {
+                break;
+            };
+            self.free.extend(chunk.slot);
+        }
+    }
+
+    /// Whether a line is free for one more chunk.
+    pub fn has_line(&mut self, group: &Group) -> bool {
+        let lines = group.layout().lines;
+        if self.closed.len() >= lines {
+            self.reclaim(group);
+        }
+        self.closed.len() < lines
+    }
+
+    /// Publishes a chunk; a line is free. Its number.
+    pub fn publish(&mut self, group: &Group, chunk: Chunk) -> u64 {
+        let seq = self.next;
+        group.publish(seq, &self.chain, chunk.slot);
+        if let Some(id) = chunk.lane {
+            self.lane(id).travelling += 1;
+        }
+        self.closed.push_back(chunk);
+        self.next += 1;
+        seq
+    }
+
+    /// What this rank waits for when it waits: the first missing line, or the slowest reader.
+    /// None: nothing any more.
+    pub fn stall(&self, group: &Group) -> Option<Stall> {
+        if self.reduced < self.next {
+            let seq = self.reduced;
+            let mut ranks = 0..group.size();
+            return ranks
+                .find(|&r| !group.is_published(r, seq))
+                .map(|rank| Stall::Line { rank, seq });
+        }
+        let (rank, count) = group.slowest();
+        let seq = self.first_closed();
+        (count <= seq).then_some(Stall::Consumed { rank, seq })
+    }
+
+    /// Reduces every chunk that all ranks have published; notices the end of the group. Whether
+    /// anything moved.
+    pub fn progress(&mut self, group: &Group, meter: &mut Meter) -> bool {
+        let before = self.reduced;
+        while self.failure.is_none() && self.reduced < self.next && self.step(group, meter) {}
+        if self.failure.is_none() && self.reduced > before {
+            group.set_consumed(self.reduced);
+        }
+        if self.failure.is_none() {
+            if let Some(end) = group.end() {
+                if self.reduced == self.next || !end.committed(self.reduced) {
+                    self.fail(group);
+                }
+            }
+        }
+        self.reduced > before || self.failure.is_some()
+    }
+
+    fn step(&mut self, group: &Group, meter: &mut Meter) -> bool {
+        let seq = self.reduced;
+        if !group.is_published(self.awaited, seq) {
+            return false;
+        }
+        let index = (seq - self.first_closed()) as usize;
+        let mut slots = std::mem::take(&mut self.rows);
+        slots.clear();
+        let mut agreed = true;
+        let mut possible = true;
+        for rank in 0..group.size() {
+            let Some(line) = group.published(rank, seq) else {
+                self.awaited = rank;
+                self.rows = slots;
+                return false;
+            };
+            let mine = group.rank() == rank;
+            agreed &= mine || self.same(group, seq, &line.chain);
+            let chunk = line.slot.map(|s| group.chunk(rank, s));
+            possible &= chunk != Some(None) && chunk.is_some() == self.closed[index].slot.is_some();
+            slots.push(chunk.flatten().unwrap_or(std::ptr::null()));
+        }
+        self.rows = slots;
+        if !agreed {
+            group.abort(&desync::describe(group, seq));
+        } else if !possible {
+            let text = format!("chunk {seq}: a rank published a place that does not exist");
+            group.abort(&Error::new(Status::Transport, text));
+        } else if group.commit(seq) == Fate::Committed {
+            self.finish(group, index, meter);
+            return true;
+        }
+        // Over: `progress` finds out whether the chunk was committed before.
+        false
+    }
+
+    /// Whether a peer's line says what this rank's own line for the chunk says.
+    fn same(&self, group: &Group, seq: u64, theirs: &Chain) -> bool {
+        group
+            .published(group.rank(), seq)
+            .is_some_and(|own| own.chain == *theirs)
+    }
+
+    fn finish(&mut self, group: &Group, index: usize, meter: &mut Meter) {
+        let State {
+            closed,
+            rows,
+            sources,
+            lanes,
+            spare,
+            ..
+        } = self;
+        let chunk = &mut closed[index];
+        let start = (chunk.fill >= TIMED).then(Instant::now);
+        // SAFETY: the chunk is committed: every rank's rows are complete and stay until all have
+        // consumed it; outputs and own rows are valid until their op is done (rule 6).
+        unsafe { carry_out(group, chunk, rows, sources) };
+        if let Some(start) = start {
+            meter.reduce_ns += start.elapsed().as_nanos() as u64;
+        }
+        empty(chunk, spare);
+        let (id, ops_end) = (chunk.lane, chunk.ops_end);
+        self.reduced += 1;
+        if let Some(id) = id {
+            if let Some(Some(lane)) = lanes.get_mut(id as usize) {
+                lane.reduced = ops_end;
+                lane.travelling -= 1;
+            }
+            self.bury(id);
+        }
+    }
+
+    /// The group has ended and everything committed is reduced: nothing else will be.
+    fn fail(&mut self, group: &Group) {
+        let State {
+            closed,
+            lanes,
+            spare,
+            ..
+        } = self;
+        let open = lanes.iter_mut().flatten().filter_map(|l| l.open.as_mut());
+        closed
+            .iter_mut()
+            .chain(open)
+            .for_each(|chunk| empty(chunk, spare));
+        let unknown = || Error::new(Status::Aborted, "the group has ended");
+        self.failure = Some(Arc::new(group.cause().unwrap_or_else(unknown)));
+    }
+}
+
+/// Drops what a chunk points to; the chunk itself keeps its place and its memory.
+fn empty(chunk: &mut Chunk, spare: &mut Vec<Vec<Piece>>) {
+    if let Content::Rows { pieces, .. } = std::mem::replace(&mut chunk.content, Content::Nothing) {
+        let mut pieces = pieces;
+        pieces.clear();
+        if spare.len() < 64 {
+            spare.push(pieces);
+        }
+    }
+}
+
+/// Reduces this rank's row of a chunk into the results, or copies a gathered part out.
+///
+/// # Safety
+/// `rows[r]` is where rank r's chunk begins; all of it may be read, and outputs written.
+unsafe fn carry_out(
+    group: &Group,
+    chunk: &Chunk,
+    rows: &[*const u8],
+    sources: &mut Vec<*const u8>,
+) {
+    let rank = group.rank() as usize;
+    match &chunk.content {
+        Content::Nothing => {}
+        Content::Rows { dtype, op, pieces } => {
+            let row = rank * group.layout().geometry.row_bytes;
+            for piece in pieces {
+                sources.clear();
+                // SAFETY: every piece lies inside a row, and every row inside a chunk.
+                sources.extend(rows.iter().map(|base| unsafe { base.add(row + piece.at) }));
+                if !piece.own.is_null() {
+                    sources[rank] = piece.own;
+                }
+                // SAFETY: by the promise of this function; an output overlaps at most the own row,
+                // exactly (checked at submit).
+                unsafe {
+                    reduce::reduce(
+                        *dtype,
+                        *op,
+                        sources,
+                        piece.count,
+                        group.size(),
+                        &piece.finish,
+                        piece.output,
+                    );
+                }
+            }
+        }
+        Content::Gather {
+            output,
+            stride,
+            bytes,
+        } => {
+            for (r, base) in rows.iter().enumerate().filter(|&(r, _)| r != rank) {
+                // SAFETY: every rank has `bytes` in its chunk; the output has room for all ranks.
+                unsafe { base.copy_to_nonoverlapping(output.add(r * stride), *bytes) };
+            }
+        }
+    }
+}

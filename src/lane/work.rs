@@ -1,0 +1,118 @@
+//! One op as a lane sees it: where its input lies, where its result goes, what is asked.
+
+use crate::dtype::{DType, Finish, Op};
+use crate::fingerprint::Call;
+use crate::layout::flat_shard;
+
+/// Where the rows of an op lie: row r is what this rank gives to rank r.
+#[derive(Clone, Copy, Debug)]
+pub enum Rows {
+    /// A pointer for every rank.
+    Pieces(*const *const u8),
+    /// One tensor of `total` elements, cut into shards; the tail counts as zeros.
+    Flat {
+        /// Its first element.
+        data: *const u8,
+        /// Its elements.
+        total: usize,
+    },
+}
+
+/// One op, checked. Its pointers hold what the contract's rule 6 promises.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    /// The input.
+    pub rows: Rows,
+    /// Ranks of the comm.
+    pub size: u32,
+    /// Elements of one shard.
+    pub numel: usize,
+    /// Type of the input.
+    pub dtype: DType,
+    /// What to do with it.
+    pub op: Op,
+    /// The last step.
+    pub finish: Finish,
+    /// Where the result goes: `numel` elements of `finish.output`.
+    pub output: *mut u8,
+    /// Whether the input stays as it is until the op is done.
+    pub borrow: bool,
+    /// Its place in the sequence, as ranks compare it.
+    pub call: Call,
+}
+
+impl Work {
+    /// Bytes of a shard of the input.
+    pub fn bytes(&self) -> usize {
+        self.numel * self.dtype.size()
+    }
+
+    /// Row `rank`: its first byte, and how many of its elements are real.
+    ///
+    /// # Safety
+    /// The input is readable; `rank` is a rank of the comm.
+    #[inline]
+    pub unsafe fn row(&self, rank: u32) -> (*const u8, usize) {
+        match self.rows {
+            // SAFETY: there is a pointer for every rank.
+            Rows::Pieces(pieces) => (unsafe { *pieces.add(rank as usize) }, self.numel),
+            Rows::Flat { data, total } => {
+                let (offset, valid) = flat_shard(total, self.size, rank);
+                // Past the end nothing is read: no need for a real address.
+                (data.wrapping_add(offset * self.dtype.size()), valid)
+            }
+        }
+    }
+
+    /// Copies elements `from..from + count` of row `rank` to `to`, with zeros past the real ones.
+    ///
+    /// # Safety
+    /// As for `row`; `from + count <= numel`; `to` takes them and overlaps no input.
+    #[inline]
+    pub unsafe fn copy_row(&self, rank: u32, from: usize, count: usize, to: *mut u8) {
+        let element = self.dtype.size();
+        // SAFETY: by the promise of this function.
+        let (row, valid) = unsafe { self.row(rank) };
+        let real = valid.saturating_sub(from).min(count);
+        // SAFETY: `real` elements from `from` on exist in the row; `to` takes `count` of them.
+        unsafe {
+            if real > 0 {
+                std::ptr::copy_nonoverlapping(row.add(from * element), to, real * element);
+            }
+            if real < count {
+                to.add(real * element)
+                    .write_bytes(0, (count - real) * element);
+            }
+        }
+    }
+
+    /// Whether elements `from..from + count` of this rank's own row are all real.
+    ///
+    /// # Safety
+    /// As for `row`.
+    pub unsafe fn is_whole(&self, rank: u32, from: usize, count: usize) -> bool {
+        // SAFETY: by the promise of this function.
+        let (_, valid) = unsafe { self.row(rank) };
+        from + count <= valid
+    }
+}
+
+/// What a call cost, for the bucketer's statistics.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Meter {
+    /// Bytes copied into staging or buckets.
+    pub copied: u64,
+    /// Time waiting for peers.
+    pub wait_ns: u64,
+    /// Time in reduction kernels; small pieces are not timed.
+    pub reduce_ns: u64,
+}
+
+/// How a wait for an op ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    /// It is complete, or failed: [`super::Endpoint::completed`] tells.
+    Over,
+    /// The caller's own time is up.
+    TimeUp,
+}

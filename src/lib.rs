@@ -1,0 +1,30 @@
+//! rsbucket: bucketed reduce-scatter behind a C ABI.
+//!
+//! Many small reduce-scatters are gathered into few, over threads, processes or any engine, and
+//! each ends in a callback. `ARCHITECTURE.md` has the map; data flows one way through it:
+//!
+//! [`ffi`] (the only place that knows C) → [`bucketer`] (buckets, order, callbacks) → [`lane`] (how
+//! a bucket travels) → [`comm`] (memory and engines that ranks share) and [`reduce`] (kernels).
+
+#![deny(
+    missing_docs,
+    unsafe_op_in_unsafe_fn,
+    clippy::undocumented_unsafe_blocks
+)]
+
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("rsbucket's handles are 64-bit tokens in pointer types: 64-bit targets only");
+
+pub mod bucketer;
+pub mod comm;
+pub mod dtype;
+pub mod error;
+pub mod ffi;
+pub mod fingerprint;
+pub mod fork;
+pub mod handle;
+pub mod lane;
+pub mod layout;
+pub mod log;
+pub mod memory;
+pub mod reduce;

@@ -1,0 +1,438 @@
+//! Memory that results and buckets live in: taken from the caller's allocator or the system's,
+//! recycled while a bucketer lives, and counted while somebody retains it.
+//!
+//! A result's memory is a block with a permanent slot in a global table; its token changes with each
+//! use, so a stale shard handle is noticed. The owner of a block is whoever turned its count to 0.
+
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::{Error, Result, Status};
+use crate::handle::{self, Bad, Segments};
+
+/// Every block and bucket starts on such a border.
+pub const ALIGN: usize = 64;
+
+/// Where memory comes from. Called from any thread.
+pub trait Allocator: Send + Sync {
+    /// `bytes` > 0 aligned to [`ALIGN`]; null: none.
+    fn alloc(&self, bytes: usize) -> *mut u8;
+    /// Gives memory back.
+    ///
+    /// # Safety
+    /// `ptr` came from `alloc(bytes)` of the same allocator, once.
+    unsafe fn free(&self, ptr: *mut u8, bytes: usize);
+}
+
+/// The system's allocator.
+pub struct System;
+
+fn system_layout(bytes: usize) -> Option<std::alloc::Layout> {
+    std::alloc::Layout::from_size_align(bytes, ALIGN).ok()
+}
+
+impl Allocator for System {
+    fn alloc(&self, bytes: usize) -> *mut u8 {
+        match system_layout(bytes) {
+            // SAFETY: callers ask for more than 0 bytes.
+            Some(layout) => unsafe { std::alloc::alloc(layout) },
+            None => std::ptr::null_mut(),
+        }
+    }
+
+    unsafe fn free(&self, ptr: *mut u8, bytes: usize) {
+        if let Some(layout) = system_layout(bytes) {
+            // SAFETY: by the promise of this function, with the layout that alloc used.
+            unsafe { std::alloc::dealloc(ptr, layout) }
+        }
+    }
+}
+
+/// The memory of one bucketer, in use or idle.
+pub struct Pool {
+    allocator: Box<dyn Allocator>,
+    bytes: AtomicU64,
+    peak: AtomicU64,
+    /// Released by others than the bucketer, waiting to be used again.
+    returned: Mutex<Vec<u32>>,
+    /// Whether released memory goes back to the allocator at once.
+    lean: AtomicBool,
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new(allocator: Box<dyn Allocator>) -> Arc<Pool> {
+        Arc::new(Pool {
+            allocator,
+            bytes: AtomicU64::new(0),
+            peak: AtomicU64::new(0),
+            returned: Mutex::new(Vec::new()),
+            lean: AtomicBool::new(false),
+        })
+    }
+
+    /// Bytes that the pool has now, and the most it ever had.
+    pub fn bytes(&self) -> (u64, u64) {
+        (
+            self.bytes.load(Ordering::Relaxed),
+            self.peak.load(Ordering::Relaxed),
+        )
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<*mut u8> {
+        let ptr = self.allocator.alloc(bytes);
+        if ptr.is_null() {
+            let text = format!("the allocator has no {bytes} bytes for a result or a bucket");
+            return Err(Error::new(Status::NoMemory, text));
+        }
+        let now = self.bytes.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        self.peak.fetch_max(now, Ordering::Relaxed);
+        Ok(ptr)
+    }
+
+    /// # Safety
+    /// `ptr` came from `alloc(bytes)` of this pool, once.
+    unsafe fn free(&self, ptr: *mut u8, bytes: usize) {
+        self.bytes.fetch_sub(bytes as u64, Ordering::Relaxed);
+        // SAFETY: by the promise of this function.
+        unsafe { self.allocator.free(ptr, bytes) }
+    }
+
+    fn lock_returned(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
+        self.returned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Memory that is freed when dropped: a bucket.
+pub struct Buffer {
+    ptr: *mut u8,
+    bytes: usize,
+    pool: Arc<Pool>,
+}
+
+// SAFETY: the buffer owns its memory, and the pool may be used from any thread.
+unsafe impl Send for Buffer {}
+
+impl Buffer {
+    /// At least one byte of memory, not initialised.
+    pub fn new(pool: &Arc<Pool>, bytes: usize) -> Result<Buffer> {
+        let bytes = bytes.max(1);
+        Ok(Buffer {
+            ptr: pool.alloc(bytes)?,
+            bytes,
+            pool: pool.clone(),
+        })
+    }
+
+    /// Where it begins.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr
+    }
+
+    /// How long it is.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Never: a buffer has at least one byte.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new` from this pool, and freed only here.
+        unsafe { self.pool.free(self.ptr, self.bytes) }
+    }
+}
+
+/// The kind byte of shard tokens.
+pub const SHARD_KIND: u8 = 0xb3;
+
+/// A block's slot: generation 32 | count 32. With count 0 the block belongs to its pool.
+#[derive(Default)]
+struct Slot {
+    state: AtomicU64,
+    place: UnsafeCell<Place>,
+}
+
+#[derive(Default)]
+struct Place {
+    ptr: usize,
+    bytes: usize,
+    pool: Option<Arc<Pool>>,
+}
+
+// SAFETY: `place` is written only by the owner of an idle index, and by the thread that frees the
+// block after its count turned 0; in between it is only read.
+unsafe impl Sync for Slot {}
+
+static SLOTS: Segments<Slot> = Segments::new();
+const MAX_COUNT: u64 = 1 << 30;
+
+/// Memory of one result, owned by the bucketer until it is armed.
+#[derive(Clone, Copy, Debug)]
+pub struct Block {
+    index: u32,
+    /// Where it begins.
+    pub ptr: *mut u8,
+}
+
+fn slot(index: u32) -> &'static Slot {
+    match SLOTS.get(index) {
+        Some(slot) => slot,
+        None => unreachable!("a block's slot exists"),
+    }
+}
+
+impl Block {
+    /// Counts one reference, and names it.
+    #[inline]
+    pub fn arm(&self) -> u64 {
+        let slot = slot(self.index);
+        let generation = slot.state.load(Ordering::Relaxed) >> 32;
+        slot.state.store(generation << 32 | 1, Ordering::Release);
+        handle::token(SHARD_KIND, generation as u32, self.index)
+    }
+}
+
+/// Changes the count of a live shard by `change`; the new count.
+fn recount(token: u64, up: bool) -> std::result::Result<(u32, u64), Bad> {
+    if token == 0 {
+        return Err(Bad::Null);
+    }
+    let (generation, index) = handle::parts(SHARD_KIND, token).ok_or(Bad::Unknown)?;
+    let slot = SLOTS.get(index).ok_or(Bad::Unknown)?;
+    let mut seen = slot.state.load(Ordering::Relaxed);
+    loop {
+        let count = seen & 0xffff_ffff;
+        if (seen >> 32) as u32 != generation || count == 0 || (up && count >= MAX_COUNT) {
+            return Err(Bad::Unknown);
+        }
+        let next = match (up, count) {
+            (true, _) => seen + 1,
+            // The last reference: the token dies with it.
+            (false, 1) => u64::from(generation.wrapping_add(1)) << 32,
+            (false, _) => seen - 1,
+        };
+        match slot
+            .state
+            .compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Relaxed)
+        {
+            Ok(_) => return Ok((index, next & 0xffff_ffff)),
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// Counts one more reference to a shard.
+pub fn retain(token: u64) -> std::result::Result<(), Bad> {
+    recount(token, true).map(|_| ())
+}
+
+/// Gives one reference back; the last one gives the memory back to its pool. Any thread.
+pub fn release(token: u64) -> std::result::Result<(), Bad> {
+    let (index, count) = recount(token, false)?;
+    if count == 0 {
+        // SAFETY: the count turned 0 here, so the block is ours, and its place is readable.
+        let pool = unsafe { (*slot(index).place.get()).pool.clone() };
+        if let Some(pool) = pool {
+            let mut returned = pool.lock_returned();
+            if pool.lean.load(Ordering::Relaxed) {
+                drop(returned);
+                free_block(index);
+            } else {
+                returned.push(index);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Gives an idle block's memory back to its allocator, and its slot to the table.
+fn free_block(index: u32) {
+    // SAFETY: the block is idle and ours alone: nobody reads or writes its place.
+    let place = unsafe { std::mem::take(&mut *slot(index).place.get()) };
+    if let Some(pool) = place.pool {
+        // SAFETY: the place holds what `Cache::take` allocated from this pool.
+        unsafe { pool.free(place.ptr as *mut u8, place.bytes) };
+    }
+    SLOTS.put(index);
+}
+
+/// Eight classes a doubling: at most an eighth is wasted, and steady work always fits again.
+fn class_of(bytes: usize) -> (usize, usize) {
+    let bytes = bytes.max(ALIGN);
+    let log = (bytes - 1).ilog2() as usize;
+    let step = 1usize << log.saturating_sub(3);
+    let size = bytes.div_ceil(step) * step;
+    (log * 8 + (size - (1 << log)) / step - 1, size)
+}
+
+/// The idle blocks that a bucketer can use without a lock.
+pub struct Cache {
+    pool: Arc<Pool>,
+    idle: Vec<Vec<u32>>,
+}
+
+impl Cache {
+    /// An empty cache over `pool`.
+    pub fn new(pool: Arc<Pool>) -> Cache {
+        Cache {
+            pool,
+            idle: Vec::new(),
+        }
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// A block of at least `bytes`, recycled or new.
+    pub fn take(&mut self, bytes: usize) -> Result<Block> {
+        let (class, size) = class_of(bytes);
+        if self.idle.len() <= class {
+            self.idle.resize_with(class + 1, Vec::new);
+        }
+        if self.idle[class].is_empty() {
+            self.reclaim();
+        }
+        if let Some(index) = self.idle[class].pop() {
+            // SAFETY: an idle block of this cache: its place is readable.
+            let ptr = unsafe { (*slot(index).place.get()).ptr } as *mut u8;
+            return Ok(Block { index, ptr });
+        }
+        let ptr = self.pool.alloc(size)?;
+        let Some(index) = SLOTS.take() else {
+            // SAFETY: allocated two lines above.
+            unsafe { self.pool.free(ptr, size) };
+            return Err(Error::new(Status::NoMemory, "too many results are alive"));
+        };
+        let place = Place {
+            ptr: ptr as usize,
+            bytes: size,
+            pool: Some(self.pool.clone()),
+        };
+        // SAFETY: the index was idle: nobody reads its place.
+        unsafe { *slot(index).place.get() = place };
+        Ok(Block { index, ptr })
+    }
+
+    /// Takes back a block that was not armed.
+    pub fn put(&mut self, block: Block) {
+        // SAFETY: the block is idle and ours: its place is readable.
+        let bytes = unsafe { (*slot(block.index).place.get()).bytes };
+        let class = class_of(bytes).0;
+        if self.idle.len() <= class {
+            self.idle.resize_with(class + 1, Vec::new);
+        }
+        self.idle[class].push(block.index);
+    }
+
+    /// Drops the reference that [`Block::arm`] counted. If nobody retained the block it is idle again.
+    pub fn settle(&mut self, block: Block, token: u64) {
+        match recount(token, false) {
+            Ok((_, 0)) => self.put(block),
+            // Retained: its last release returns it to the pool.
+            Ok(_) => {}
+            // The caller released a reference it did not have; the block went back by itself.
+            Err(_) => {}
+        }
+    }
+
+    fn reclaim(&mut self) {
+        self.pool.lean.store(false, Ordering::Relaxed);
+        let returned = std::mem::take(&mut *self.pool.lock_returned());
+        for index in returned {
+            let ptr = std::ptr::null_mut();
+            self.put(Block { index, ptr });
+        }
+    }
+
+    /// Gives all idle memory back; what is retained goes back when it is released.
+    pub fn free_idle(&mut self) {
+        let returned = {
+            let mut returned = self.pool.lock_returned();
+            self.pool.lean.store(true, Ordering::Relaxed);
+            std::mem::take(&mut *returned)
+        };
+        for index in self.idle.drain(..).flatten().chain(returned) {
+            free_block(index);
+        }
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        self.free_idle();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_fit_and_waste_little() {
+        for bytes in (0..5000).chain([1 << 20, (1 << 20) + 1, 123_456_789]) {
+            let (class, size) = class_of(bytes);
+            assert!(size >= bytes && size >= ALIGN);
+            assert!(
+                size <= bytes.max(ALIGN) + bytes / 8 + 1,
+                "{bytes} in {size}"
+            );
+            assert_eq!(class_of(size), (class, size));
+        }
+        // Classes grow with sizes, and no two sizes share one.
+        let mut last = (usize::MAX, 0);
+        for bytes in 1..100_000 {
+            let now = class_of(bytes);
+            if now != last {
+                assert!(last.0 == usize::MAX || now.0 > last.0 && now.1 > last.1);
+                last = now;
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_are_recycled_and_counted() {
+        let pool = Pool::new(Box::new(System));
+        let mut cache = Cache::new(pool.clone());
+        let first = cache.take(1000).expect("memory");
+        let token = first.arm();
+        cache.settle(first, token);
+        assert!(retain(token).is_err(), "stale");
+        let again = cache.take(1000).expect("memory");
+        assert_eq!(again.ptr, first.ptr);
+        let held = again.arm();
+        assert_ne!(held, token);
+        retain(held).expect("live");
+        cache.settle(again, held);
+        let other = cache.take(1000).expect("memory");
+        assert_ne!(other.ptr, again.ptr, "retained memory is not reused");
+        cache.put(other);
+        cache.free_idle();
+        assert_eq!(pool.bytes().0, class_of(1000).1 as u64);
+        release(held).expect("live");
+        assert_eq!(pool.bytes().0, 0);
+        assert_eq!(release(held), Err(Bad::Unknown));
+        assert_eq!(release(0), Err(Bad::Null));
+    }
+
+    #[test]
+    fn a_retained_shard_outlives_its_bucketer() {
+        let pool = Pool::new(Box::new(System));
+        let mut cache = Cache::new(pool.clone());
+        let block = cache.take(64).expect("memory");
+        let token = block.arm();
+        retain(token).expect("live");
+        cache.settle(block, token);
+        drop(cache);
+        assert_eq!(pool.bytes().0, 64);
+        release(token).expect("live");
+        assert_eq!(pool.bytes().0, 0);
+    }
+}
