@@ -362,7 +362,7 @@ impl<C: Copy + Send> Bucketer<C> {
     ) -> Result<u64> {
         let (work, pending) = self.prepare(q, comm, ask)?;
         let mut meter = Meter::default();
-        let rare = q.tickets % SAMPLE == 0;
+        let rare = q.tickets.is_multiple_of(SAMPLE);
         let start = (rare || work.bytes() >= TIMED).then(Instant::now);
         // SAFETY: by the promise of this function.
         let taken = unsafe { comm.submit(q.lanes[index].id, &work, &self.pool, &mut meter) };

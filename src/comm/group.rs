@@ -430,6 +430,6 @@ pub fn local(size: u32, layout: Layout) -> Result<Vec<Group>> {
 /// Checks that the atomics in shared memory are what the layout assumes.
 const _: () = {
     assert!(std::mem::size_of::<Line>() == 64);
-    assert!(std::mem::size_of::<Head>() % 64 == 0);
+    assert!(std::mem::size_of::<Head>().is_multiple_of(64));
     assert!(std::mem::size_of::<AtomicU32>() == 4);
 };

@@ -74,31 +74,51 @@ impl Patience {
 
 /// Sleeps on `word` while it is `seen`, at most `slice`. May wake early.
 #[cfg(target_os = "linux")]
-pub fn futex_wait(word: *const AtomicU32, seen: u32, slice: Duration) {
+pub fn futex_wait(word: &AtomicU32, seen: u32, slice: Duration) {
     let time = libc::timespec {
         tv_sec: 0,
         tv_nsec: slice.subsec_nanos().into(),
     };
-    // SAFETY: FUTEX_WAIT only reads the word, which the caller keeps mapped, and the timespec.
-    unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, seen, &time, 0, 0) };
+    // SAFETY: FUTEX_WAIT only reads the word, which is borrowed, and the timespec.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            std::ptr::from_ref(word),
+            libc::FUTEX_WAIT,
+            seen,
+            &time,
+            0,
+            0,
+        )
+    };
 }
 
 /// Wakes all who sleep on `word`.
 #[cfg(target_os = "linux")]
-pub fn futex_wake(word: *const AtomicU32) {
-    // SAFETY: FUTEX_WAKE uses the address as a key; the caller keeps it mapped.
-    unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAKE, i32::MAX, 0, 0, 0) };
+pub fn futex_wake(word: &AtomicU32) {
+    // SAFETY: FUTEX_WAKE uses the address as a key; it is borrowed.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            std::ptr::from_ref(word),
+            libc::FUTEX_WAKE,
+            i32::MAX,
+            0,
+            0,
+            0,
+        )
+    };
 }
 
 /// Sleeps a slice.
 #[cfg(not(target_os = "linux"))]
-pub fn futex_wait(_word: *const AtomicU32, _seen: u32, slice: Duration) {
+pub fn futex_wait(_word: &AtomicU32, _seen: u32, slice: Duration) {
     std::thread::sleep(slice);
 }
 
 /// Nothing to do: sleepers look again after their slice.
 #[cfg(not(target_os = "linux"))]
-pub fn futex_wake(_word: *const AtomicU32) {}
+pub fn futex_wake(_word: &AtomicU32) {}
 
 /// Changes a bell, so that nobody falls asleep on the old value, and wakes who sleeps.
 pub fn ring(bell: &AtomicU32) {

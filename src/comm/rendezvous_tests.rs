@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::socket::{wait, Socket, MOST_DESCRIPTORS};
-use super::wire::{Hello, Message, LONGEST, VERSION};
+use super::wire::{Hello, Message, VERSION};
 use super::{door, join_in, memfd, Join, Joined, Mapping, TOKEN};
 use crate::error::{Error, Result, Status};
 
@@ -499,42 +499,4 @@ fn signals_change_nothing() {
         }
         running.store(OVER, Ordering::Relaxed);
     });
-}
-
-#[test]
-fn messages_are_whole_or_none() {
-    let mut other = hello(3, 4);
-    other.patience = Some(Duration::from_nanos(12345));
-    other.token = b"secret".to_vec();
-    let error = Error::new(Status::NoMemory, "\u{e9}".repeat(10))
-        .native(12)
-        .blame(2);
-    for message in [
-        Message::Hello(hello(1, 2)),
-        Message::Hello(other),
-        Message::Welcome,
-        Message::Memory { first: 7 },
-        Message::Ready,
-        Message::Fail(error),
-        Message::Go,
-    ] {
-        let bytes = message.encode();
-        assert_eq!(Message::decode(&bytes), Some(message.clone()));
-        for cut in 0..bytes.len() {
-            // A hello may end after any setting.
-            let part = Message::decode(&bytes[..cut]);
-            assert!(
-                part.is_none() || matches!(message, Message::Hello(_)),
-                "{message:?} {cut}"
-            );
-        }
-        for i in 0..bytes.len() {
-            let mut bad = bytes.clone();
-            bad[i] ^= 0xff;
-            assert_ne!(Message::decode(&bad), Some(message.clone()), "byte {i}");
-        }
-    }
-    let long = Message::Fail(Error::new(Status::Panic, "x\u{e9}".repeat(9999)));
-    assert!(long.encode().len() < LONGEST);
-    assert!(Message::decode(&long.encode()).is_some());
 }

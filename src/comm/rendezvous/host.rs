@@ -186,11 +186,13 @@ impl<'a> Host<'a> {
                 Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => {
-                    let files = 2 * self.join.size;
-                    let what = format!("letting ranks in, which takes {files} open files");
-                    let error = self.failed(&what, &e);
-                    self.fail(from_rank(0, error.clone()));
-                    return Err(error);
+                    let error = self.failed("letting ranks in", &e);
+                    if self.verdict.is_some() {
+                        return Err(error);
+                    }
+                    // Which lets members go, and so makes room to tell the others.
+                    self.fail(from_rank(0, error));
+                    break;
                 }
             }
         }
@@ -336,11 +338,13 @@ impl<'a> Host<'a> {
     }
 
     fn failed(&self, what: &str, e: &io::Error) -> Error {
-        failed(
-            status_of(e),
-            format_args!("job {}: {what}", self.join.name),
-            e,
-        )
+        let what = format!("job {}: {what}", self.join.name);
+        let mut error = failed(status_of(e), what, e);
+        if error.native == libc::EMFILE {
+            let need = 2 * self.join.size + 8;
+            error.message += &format!("; rank 0 opens up to {need} files here");
+        }
+        error
     }
 
     fn timeout(&self) -> Error {

@@ -12,8 +12,9 @@ use std::time::Instant;
 
 use super::wire::LONGEST;
 
-/// How many descriptors one message carries; the system's own limit is 253.
-pub const MOST_DESCRIPTORS: usize = 64;
+/// How many descriptors one message carries. The system allows 253; but what is on its way counts
+/// against the limits of the user, and what has come against those of the receiver.
+pub const MOST_DESCRIPTORS: usize = 16;
 const BACKLOG: i32 = 4096;
 
 /// A message as it came.
@@ -101,6 +102,9 @@ impl Socket {
     /// Sends one message with at most [`MOST_DESCRIPTORS`] descriptors, whole or not at all;
     /// `WouldBlock` while the other end has not read enough of the earlier ones.
     pub fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd]) -> io::Result<()> {
+        if descriptors.len() > MOST_DESCRIPTORS {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let mut part = libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),

@@ -195,3 +195,56 @@ impl Reader<'_> {
         Some(hello)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_whole_or_none() {
+        let hello = Hello {
+            version: VERSION,
+            rank: 3,
+            size: 4,
+            token: b"secret".to_vec(),
+            patience: Some(Duration::from_nanos(12345)),
+            settings: vec![("one".to_owned(), 1 << 40), ("other".to_owned(), 9)],
+        };
+        let other = Hello {
+            patience: None,
+            settings: Vec::new(),
+            ..hello.clone()
+        };
+        let error = Error::new(Status::NoMemory, "\u{e9}".repeat(10))
+            .native(12)
+            .blame(2);
+        for message in [
+            Message::Hello(hello),
+            Message::Hello(other),
+            Message::Welcome,
+            Message::Memory { first: 7 },
+            Message::Ready,
+            Message::Fail(error),
+            Message::Go,
+        ] {
+            let bytes = message.encode();
+            assert_eq!(Message::decode(&bytes), Some(message.clone()));
+            for cut in 0..bytes.len() {
+                // A hello may end after any setting.
+                let part = Message::decode(&bytes[..cut]);
+                assert!(
+                    part.is_none() || matches!(message, Message::Hello(_)),
+                    "{message:?} {cut}"
+                );
+            }
+            for i in 0..bytes.len() {
+                let mut bad = bytes.clone();
+                bad[i] ^= 0xff;
+                assert_ne!(Message::decode(&bad), Some(message.clone()), "byte {i}");
+            }
+        }
+        let long = Message::Fail(Error::new(Status::Panic, "x\u{e9}".repeat(9999)));
+        assert!(long.encode().len() < LONGEST);
+        assert!(Message::decode(&long.encode()).is_some());
+    }
+}

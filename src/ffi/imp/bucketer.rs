@@ -173,6 +173,7 @@ unsafe fn drive(bucketer: &Bucketer<Callback>, mut turn: Turn<'_, Callback>) -> 
     guarded(|| turn.finish()).map(|ticket| (ticket, count))
 }
 
+#[allow(clippy::too_many_arguments)]
 pub unsafe fn bucketer_reduce_scatter_async(
     bucketer: *mut rsb_bucketer,
     comm: *mut rsb_comm,

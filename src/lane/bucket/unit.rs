@@ -9,7 +9,8 @@ use crate::lane::LaneId;
 use crate::memory::{Buffer, Pool};
 use crate::reduce;
 
-use std::sync::{Arc, Mutex};
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// One op inside a bucket.
@@ -103,8 +104,8 @@ pub struct Unit {
     pub pieces: Vec<Piece>,
     pub send: Option<Buffer>,
     pub recv: Option<Buffer>,
-    /// Memory of an all-gather that its caller reads after the unit is over.
-    pub keep: Option<Arc<Mutex<(Option<Buffer>, Option<Buffer>)>>>,
+    /// Where the bytes of an all-gather go that landed in `recv`, block by block.
+    pub gather: Option<*mut u8>,
     /// The engine has written the result where it belongs.
     pub in_place: bool,
 }
@@ -127,7 +128,7 @@ impl Unit {
             pieces: Vec::new(),
             send: None,
             recv: None,
-            keep: None,
+            gather: None,
             in_place: false,
         }
     }
@@ -238,6 +239,25 @@ impl Unit {
         Ok(())
     }
 
+    /// Sorts the blocks of an all-gather into rank order.
+    ///
+    /// # Safety
+    /// `from` holds size * count bytes in blocks, `to` takes as many.
+    unsafe fn gather_out(&self, from: *const u8, to: *mut u8, size: usize) {
+        let mut done = 0;
+        while done < self.count {
+            let count = (self.count - done).min(self.block);
+            for r in 0..size {
+                // SAFETY: block by block, rank-major, both are inside their memory.
+                unsafe {
+                    let part = from.add(done * size + r * count);
+                    part.copy_to_nonoverlapping(to.add(r * self.count + done), count);
+                }
+            }
+            done += count;
+        }
+    }
+
     /// Writes the results of all ops from what the engine delivered.
     ///
     /// # Safety
@@ -246,6 +266,11 @@ impl Unit {
         let Some(recv) = self.recv.as_ref().filter(|_| !self.in_place) else {
             return;
         };
+        if let Some(output) = self.gather {
+            // SAFETY: all ranks' bytes have landed, and the output has room for them.
+            unsafe { self.gather_out(recv.as_ptr(), output, size as usize) };
+            return;
+        }
         let start = Instant::now();
         let element = self.dtype.size();
         let exchanged = recv.len() > self.count * element;
@@ -287,9 +312,10 @@ impl Unit {
 /// Calls as they are exchanged: present, then their words.
 pub const CALL_WORDS: usize = 6;
 
-/// The calls `first..first + n` of this rank, for [`Stage::Explain`].
-pub fn call_words<'a>(kept: impl Iterator<Item = &'a Words>, n: usize) -> Vec<u64> {
+/// The first `n` of the calls that are kept, for [`Stage::Explain`]; zeros where there are fewer.
+pub fn call_words(kept: &VecDeque<Words>, n: usize) -> Vec<u64> {
     let mut words: Vec<u64> = kept
+        .iter()
         .take(n)
         .flat_map(|w| [&[1u64], w.as_slice()].concat())
         .collect();

@@ -1,0 +1,58 @@
+# The two commands of the README, and what they are made of.
+#
+#   make demo   trains on handwritten digits with four processes, through the library
+#   make test   every test: Rust, C and C++, plain and under sanitizers
+#
+# `make demo` needs cargo and a C compiler. `make test` installs what it lacks (tools/setup).
+
+CARGO ?= cargo
+CC    ?= cc
+JOBS  ?= 2
+RANKS ?= 4
+
+.PHONY: demo lib test lint rust c sanitize header clean
+
+demo: target/demo/train_digits
+	target/demo/train_digits --ranks $(RANKS) --data data/digits.csv
+
+lib:
+	$(CARGO) build --release --locked
+
+DEMO := train_digits trainer mlp digits
+target/demo/train_digits: lib $(DEMO:%=c_examples/%.c) include/rsbucket.h
+	@mkdir -p target/demo
+	$(CC) -std=c99 -O2 -Wall -Wextra -Iinclude $(DEMO:%=c_examples/%.c) -o $@ \
+	  -Ltarget/release -lrsbucket -lm -Wl,-rpath,$(CURDIR)/target/release
+
+test: rust c sanitize
+
+rust:
+	$(CARGO) build --locked
+	$(CARGO) test --locked
+	$(CARGO) build --release --locked
+	$(CARGO) test --release --locked --lib
+
+c:
+	tools/setup
+	cmake -S . -B build -DCMAKE_BUILD_TYPE=Release
+	cmake --build build -j $(JOBS)
+	ctest --test-dir build --output-on-failure -j $(JOBS)
+
+# The C and C++ tests under AddressSanitizer and UBSan.
+sanitize:
+	tools/setup
+	cmake -S . -B build/sanitize -DRSB_SANITIZE=address,undefined -DRSB_TARGET_DIR=$(CURDIR)/target
+	cmake --build build/sanitize -j $(JOBS)
+	ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+# Writes include/rsbucket.h anew from src/ffi.
+header:
+	RSBUCKET_UPDATE_HEADER=1 $(CARGO) test --locked --test header committed_header_is_current
+
+clean:
+	rm -rf build target

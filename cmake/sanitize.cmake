@@ -1,0 +1,11 @@
+# RSB_SANITIZE instruments the C and C++ programs of this tree; the Rust library stays as cargo builds it.
+if(RSB_SANITIZE)
+  string(REPLACE "," ";" sanitizers "${RSB_SANITIZE}")
+  foreach(sanitizer IN LISTS sanitizers)
+    if(NOT sanitizer MATCHES "^(address|undefined|thread)$")
+      message(FATAL_ERROR "RSB_SANITIZE: '${sanitizer}'; expected address, undefined or thread")
+    endif()
+  endforeach()
+  add_compile_options(-fsanitize=${RSB_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1)
+  add_link_options(-fsanitize=${RSB_SANITIZE})
+endif()
