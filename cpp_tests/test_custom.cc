@@ -78,31 +78,27 @@ TEST_P(Mixes, EveryDtypeAndOpIsRight) {
   }
 }
 
-TEST_P(Mixes, ExactMeansRankOrder) {
-  if (GetParam().comm_flags != RSB_COMM_EXACT) {
-    GTEST_SKIP() << "the engine's own order holds";
+TEST(Custom, ExactMeansRankOrder) {
+  // By the flag, or because the engine moves bytes only.
+  const std::pair<uint64_t, uint64_t> exact[] = {{kAllToAll, 0},
+                                                 {kAllToAll | kGather, 0},
+                                                 {kAllToAll, RSB_COMM_EXACT},
+                                                 {kReduce | kAllToAll, RSB_COMM_EXACT},
+                                                 {kReduce | kAllToAll | kGather, RSB_COMM_EXACT}};
+  for (const auto &flags : exact) {
+    FakeEngine::Options options;
+    options.flags = flags.first;
+    options.order = Order::kDelayed;
+    FakeEngine engine(3, options);
+    run_custom(engine, 3, flags.second, [&](uint32_t, rsb_comm *comm) {
+      Worker worker(comm, 500);
+      submit_everything(worker, values::Data::kRough);
+      worker.finish();
+    });
+    for (const FakeEngine::Request &request : engine.requests()) {
+      EXPECT_NE(request.kind, uint32_t{RSB_COLL_REDUCE_SCATTER});
+    }
   }
-  FakeEngine engine(3, options());
-  run_custom(engine, 3, comm_flags(), [&](uint32_t, rsb_comm *comm) {
-    Worker worker(comm, 500);
-    submit_everything(worker, values::Data::kRough);
-    worker.finish();
-  });
-  for (const FakeEngine::Request &request : engine.requests()) {
-    EXPECT_NE(request.kind, uint32_t{RSB_COLL_REDUCE_SCATTER});
-  }
-}
-
-TEST_P(Mixes, AllToAllAloneIsExactToo) {
-  if (GetParam().flags != kAllToAll) {
-    GTEST_SKIP();
-  }
-  FakeEngine engine(4, options());
-  run_custom(engine, 4, comm_flags(), [&](uint32_t, rsb_comm *comm) {
-    Worker worker(comm, 1000);
-    submit_everything(worker, values::Data::kRough);
-    worker.finish();
-  });
 }
 
 TEST_P(Mixes, ManyBucketsInFlight) {
@@ -178,6 +174,11 @@ TEST(Custom, MaxCountIsNeverExceeded) {
       worker.finish();
       Worker direct(comm, -1, nullptr, 2);
       direct.submit(Op::f32(256));
+      direct.submit(Op::f32(1001));
+      Op flat = Op::f32(2001);
+      flat.flat = true;
+      flat.scale = 0.5;
+      direct.submit(flat);
       direct.finish();
     });
   }

@@ -7,13 +7,24 @@ use std::process::Command;
 /// The shared library that cargo built beside this test.
 fn library() -> PathBuf {
     let test = std::env::current_exe().expect("path of this test");
-    let profile = test.parent().and_then(Path::parent).expect("target/PROFILE");
+    let profile = test
+        .parent()
+        .and_then(Path::parent)
+        .expect("target/PROFILE");
     profile.join("librsbucket.so")
 }
 
 fn said(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).arg(library()).output().expect(program);
-    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new(program)
+        .args(arguments)
+        .arg(library())
+        .output()
+        .expect(program);
+    assert!(
+        output.status.success(),
+        "{program}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -27,8 +38,10 @@ fn exported_symbols_are_the_headers_functions() {
         calls.filter(|name| name.starts_with("rsb_")).collect()
     };
     let listing = said("nm", &["-D", "--defined-only"]);
-    let exported: BTreeSet<String> =
-        listing.lines().filter_map(|l| l.split_whitespace().nth(2).map(String::from)).collect();
+    let exported: BTreeSet<String> = listing
+        .lines()
+        .filter_map(|l| l.split_whitespace().nth(2).map(String::from))
+        .collect();
     let contract = functions(prototypes);
     assert_eq!(exported, contract);
     assert!(contract.is_subset(&functions(header)));
@@ -42,8 +55,14 @@ fn nothing_but_libc_and_libgcc_is_needed() {
         let known = ["libc.so", "libgcc_s.so", "ld-linux"];
         assert!(known.iter().any(|name| line.contains(name)), "{line}");
     }
-    assert!(dynamic.contains("NODELETE"), "the library must never be unmapped");
-    assert!(!said("readelf", &["-lW"]).contains("RWE"), "no executable stack");
+    assert!(
+        dynamic.contains("NODELETE"),
+        "the library must never be unmapped"
+    );
+    assert!(
+        !said("readelf", &["-lW"]).contains("RWE"),
+        "no executable stack"
+    );
 }
 
 #[test]

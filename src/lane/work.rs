@@ -50,7 +50,7 @@ impl Work {
     /// Row `rank`: its first byte, and how many of its elements are real.
     ///
     /// # Safety
-    /// The input is readable; `rank` is a rank of the comm.
+    /// The input is readable and not empty; `rank` is a rank of the comm.
     #[inline]
     pub unsafe fn row(&self, rank: u32) -> (*const u8, usize) {
         match self.rows {
@@ -70,6 +70,9 @@ impl Work {
     /// As for `row`; `from + count <= numel`; `to` takes them and overlaps no input.
     #[inline]
     pub unsafe fn copy_row(&self, rank: u32, from: usize, count: usize, to: *mut u8) {
+        if count == 0 {
+            return;
+        }
         let element = self.dtype.size();
         // SAFETY: by the promise of this function.
         let (row, valid) = unsafe { self.row(rank) };

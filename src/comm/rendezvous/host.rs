@@ -21,7 +21,7 @@ use super::{crowded, ended, failed, map_peer, memfd, past, status_of, Join, Join
 use crate::error::{Error, Result, Status};
 
 /// How many connections without a hello are kept.
-const MOST_STRANGERS: usize = 64;
+pub const MOST_STRANGERS: usize = 64;
 
 /// Meets all other ranks as rank 0.
 pub fn host(join: &Join, dir: &RunDir, token: &[u8]) -> Result<Joined> {

@@ -1,6 +1,7 @@
 //! What comes to a rendezvous and should not, who leaves it too early, and what lies there already.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
@@ -8,11 +9,12 @@ use std::path::Path;
 use std::thread;
 
 use super::super::rundir::effective_user;
+use super::host::MOST_STRANGERS;
 use super::socket::{wait, Socket};
 use super::tests::{all, environment, error, full, hear, hello, memory, rank, wait_for, within};
 use super::tests::{Place, OWN};
 use super::wire::{Hello, Message, LONGEST, LONGEST_TOKEN};
-use super::{join_in, TOKEN};
+use super::{join_in, memfd, Mapping, TOKEN};
 use crate::error::Status;
 
 #[test]
@@ -67,6 +69,11 @@ fn strangers_do_not_hold_up_a_job() {
         }
         // More silent ones than are kept, and they stay.
         let silent: Vec<Socket> = (0..150).map(|_| place.connect()).collect();
+        for socket in &silent[..150 - MOST_STRANGERS] {
+            assert_eq!(hear(socket), None);
+        }
+        let kept = silent[149].receive(0).map(|_| ()).unwrap_err();
+        assert_eq!(kept.kind(), ErrorKind::WouldBlock);
         place.join(&rank(1, 3)).unwrap();
         first.join().unwrap().unwrap();
         second.join().unwrap().unwrap();
@@ -187,6 +194,21 @@ fn a_rank_0_that_dies_is_named_and_one_that_says_nothing_is_tried_again() {
         let e = error(guest.join().unwrap());
         assert_eq!((e.status, e.peer), (Status::PeerLost, 0));
     });
+}
+
+#[test]
+fn peers_can_neither_write_nor_resize_what_they_get() {
+    let (own, shared) = memfd::own(OWN).unwrap();
+    own.commit(0, OWN).unwrap();
+    let e = Mapping::of_file(shared.as_fd(), OWN, true).unwrap_err();
+    assert_eq!((e.status, e.native), (Status::NoMemory, libc::EACCES));
+    let seen = Mapping::of_file(shared.as_fd(), OWN, false).unwrap();
+    assert_eq!(seen.commit(0, 1).unwrap_err().native, libc::EACCES);
+    let (_group, shared) = memfd::group(4096).unwrap();
+    for bytes in [0, 4095, 8192] {
+        let e = shared.set_len(bytes).unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::EPERM));
+    }
 }
 
 #[test]

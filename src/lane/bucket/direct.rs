@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::unit::{Piece, Unit};
-use super::{pack, Buckets};
+use super::open::pack;
+use super::unit::{Landing, Piece, Unit};
+use super::Buckets;
 use crate::comm::engine::{Collective, Kind};
 use crate::dtype::{DType, Finish, Op};
 use crate::error::{unsupported, Result};
@@ -30,11 +31,21 @@ impl Buckets {
         });
         // SAFETY: the rows are readable; the packed copy has room for all of them.
         unsafe {
-            let whole = contiguous(work).filter(|_| unit.block == unit.count);
-            let own = work.row(self.rank).0;
+            let empty = work.numel == 0;
+            let whole = (!empty && unit.block == unit.count)
+                .then(|| contiguous(work))
+                .flatten();
+            let own = if empty {
+                std::ptr::null()
+            } else {
+                work.row(self.rank).0
+            };
             let plain = work.finish == Finish::plain(work.dtype) && work.op != Op::Avg;
             let straight = plain && kind == Kind::ReduceScatter && work.output.cast_const() != own;
-            let direct = (straight && unit.block >= unit.count).then_some(work.output);
+            let landing = match straight {
+                true => Landing::Output(work.output),
+                false => Landing::Buffer(Buffer::new(pool, unit.landing_bytes(kind, self.size))?),
+            };
             let send = match whole {
                 Some(send) => send,
                 None => {
@@ -48,7 +59,7 @@ impl Buckets {
                     at
                 }
             };
-            unit.plan(kind, send, self.size, direct, pool)?;
+            unit.plan(kind, send, self.size, landing);
         }
         st.accept(&work.call);
         unit.chain = st.chain;

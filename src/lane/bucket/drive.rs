@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::unit::{call_words, Stage, Unit, CALL_WORDS, LINE_WORDS};
-use super::{Buckets, Check, Held, State, IDLE, KEPT, OPEN};
+use super::{Buckets, Check, Held, State, KEPT, OPEN};
 use crate::comm::patience::Patience;
 use crate::error::{Error, Result, Status};
 use crate::fingerprint::Words;
@@ -181,10 +181,7 @@ impl Buckets {
                 let lane = st.lane(id);
                 lane.done = unit.ops_end;
                 lane.travelling -= 1;
-                if !lane.dead {
-                    lane.idle.extend(unit.send.into_iter().chain(unit.recv));
-                    lane.idle.truncate(IDLE);
-                }
+                lane.recycle(unit);
                 st.bury(id);
             }
         }

@@ -6,25 +6,25 @@
 
 mod direct;
 mod drive;
+mod open;
 mod unit;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use self::unit::{Piece, Unit};
+use self::open::{BucketLane, Route};
+use self::unit::Unit;
 use super::work::{Meter, Work};
 use super::{Endpoint, LaneId};
 use crate::comm::engine::{Abilities, Engine, Kind};
 use crate::dtype::{DType, Op};
-use crate::error::{unsupported, Error, Result, Status};
+use crate::error::{unsupported, Error, Result};
 use crate::fingerprint::{Call, CallKind, Chain, Words};
-use crate::memory::{Buffer, Pool, System};
+use crate::memory::{Pool, System};
 
 /// Requests that may be open at once.
 const OPEN: usize = 4;
-/// Idle buckets that a lane keeps: two in flight and one open, in and out.
-const IDLE: usize = 6;
 /// Calls kept since the last agreement, for naming the first that differs.
 const KEPT: usize = 256;
 
@@ -51,35 +51,6 @@ pub struct Buckets {
     pool: Arc<Pool>,
     cause: OnceLock<Arc<Error>>,
     state: Mutex<State>,
-}
-
-/// What one (bucketer, dtype, op) has gathered and not launched.
-struct BucketLane {
-    dtype: DType,
-    op: Op,
-    staged: u64,
-    done: u64,
-    send: Option<Buffer>,
-    /// Elements from one row to the next, and elements of each row used.
-    stride: usize,
-    fill: usize,
-    /// What the last bucket took: the next will most likely take as much.
-    last: usize,
-    pieces: Vec<Piece>,
-    pool: Option<Arc<Pool>>,
-    /// Buckets that have come back.
-    idle: Vec<Buffer>,
-    dead: bool,
-    travelling: u32,
-}
-
-/// A bucket of at least `bytes`: one that has come back, or a new one.
-fn buffer(idle: &mut Vec<Buffer>, pool: &Arc<Pool>, bytes: usize) -> Result<Buffer> {
-    let fits = |b: &Buffer| (bytes..=bytes.saturating_mul(2)).contains(&b.len());
-    match idle.iter().position(fits) {
-        Some(index) => Ok(idle.swap_remove(index)),
-        None => Buffer::new(pool, bytes),
-    }
 }
 
 #[derive(Default)]
@@ -209,21 +180,7 @@ impl Buckets {
         if id == st.lanes.len() {
             st.lanes.push(None);
         }
-        st.lanes[id] = Some(BucketLane {
-            dtype,
-            op,
-            staged: 0,
-            done: 0,
-            send: None,
-            stride: 0,
-            fill: 0,
-            last: 0,
-            pieces: Vec::new(),
-            pool: None,
-            idle: Vec::new(),
-            dead: false,
-            travelling: 0,
-        });
+        st.lanes[id] = Some(BucketLane::new(dtype, op));
         id as LaneId
     }
 
@@ -235,18 +192,13 @@ impl Buckets {
         }
         let lane = st.lane(id);
         lane.dead = true;
-        lane.pieces.clear();
-        lane.send = None;
-        lane.idle.clear();
+        lane.clear();
         st.bury(id);
     }
 
     /// Frees the idle buckets of a lane.
     pub fn release_buffers(&self, id: LaneId) {
-        let mut st = self.lock();
-        let lane = st.lane(id);
-        lane.idle.clear();
-        lane.last = 0;
+        self.lock().lane(id).release_buffers();
     }
 
     /// See `Ring::completed`.
@@ -279,6 +231,14 @@ impl Buckets {
         ))
     }
 
+    fn route_of(&self, kind: Kind) -> Route {
+        Route {
+            kind,
+            size: self.size,
+            max_count: self.abilities.max_count,
+        }
+    }
+
     /// Packs a waiting op into the lane's bucket.
     ///
     /// # Safety
@@ -291,50 +251,10 @@ impl Buckets {
         meter: &mut Meter,
     ) -> Result<()> {
         let mut st = self.enter(meter)?;
-        self.route(work.dtype, work.op)?;
-        let element = work.dtype.size();
-        let size = self.size as usize;
-        let lane = st.lane(id);
-        lane.pool.get_or_insert_with(|| pool.clone());
-        let end = lane.fill + work.numel;
-        if end > lane.stride || lane.send.is_none() {
-            let stride = end.max(lane.last).max(lane.stride * 2).max(64);
-            let Some(bytes) = crate::layout::total_bytes(stride, self.size, element) else {
-                return Err(Error::new(
-                    Status::NoMemory,
-                    "the bucket is larger than memory can be",
-                ));
-            };
-            let wider = buffer(&mut lane.idle, pool, bytes)?;
-            if let Some(old) = &lane.send {
-                for r in 0..size {
-                    // SAFETY: both hold `fill` elements from the start of every row on.
-                    unsafe {
-                        let from = old.as_ptr().add(r * lane.stride * element);
-                        let to = wider.as_ptr().add(r * stride * element);
-                        to.copy_from_nonoverlapping(from, lane.fill * element);
-                    }
-                }
-            }
-            (lane.send, lane.stride) = (Some(wider), stride);
-        }
-        let Some(send) = lane.send.as_ref() else {
-            return Ok(());
-        };
-        for r in 0..self.size {
-            let at = (r as usize * lane.stride + lane.fill) * element;
-            // SAFETY: the row has room for `numel` more elements; the bucket is ours alone.
-            unsafe { work.copy_row(r, 0, work.numel, send.as_ptr().add(at)) };
-        }
-        meter.copied += (size * work.bytes()) as u64;
-        lane.pieces.push(Piece {
-            at: lane.fill,
-            count: work.numel,
-            output: work.output,
-            finish: work.finish,
-        });
-        lane.fill = end;
-        lane.staged += 1;
+        let route = self.route_of(self.route(work.dtype, work.op)?);
+        // SAFETY: by the promise of this function.
+        unsafe { st.lane(id).add(work, route, pool)? };
+        meter.copied += (self.size as usize * work.bytes()) as u64;
         st.accept(&work.call);
         Ok(())
     }
@@ -349,76 +269,11 @@ impl Buckets {
     pub fn launch(&self, id: LaneId, meter: &mut Meter) -> Result<()> {
         let mut st = self.enter(meter)?;
         let chain = st.chain;
-        let lane = st.lane(id);
-        if lane.pieces.is_empty() {
-            return Ok(());
+        let (dtype, op) = st.lane(id).types();
+        let route = self.route_of(self.route(dtype, op)?);
+        match st.lane(id).take(id, chain, route) {
+            Some(unit) => self.queue(st, unit, meter).map(drop),
+            None => Ok(()),
         }
-        let (Some(send), Some(pool)) = (lane.send.take(), lane.pool.clone()) else {
-            return Ok(());
-        };
-        let kind = self.route(lane.dtype, lane.op)?;
-        let mut unit = Unit::new(chain, Some(id), lane.staged);
-        (unit.dtype, unit.op) = (lane.dtype, lane.op);
-        unit.pieces = std::mem::take(&mut lane.pieces);
-        unit.count = lane.fill;
-        unit.block = self.abilities.max_count.min(lane.fill.max(1));
-        (lane.last, lane.fill) = (lane.fill, 0);
-        let stride = std::mem::take(&mut lane.stride);
-        let element = unit.dtype.size();
-        // SAFETY: the buffer holds size rows, `stride` apart, with `count` elements each; the new
-        // one is as large as they are packed.
-        let planned = unsafe {
-            if unit.block < unit.count {
-                let rows = |r: usize| send.as_ptr().add(r * stride * element).cast_const();
-                Buffer::new(&pool, self.size as usize * unit.count * element).and_then(|packed| {
-                    pack(&unit, self.size, packed.as_ptr(), |r, at, n, to| {
-                        to.copy_from_nonoverlapping(
-                            rows(r as usize).add(at * element),
-                            n * element,
-                        );
-                    });
-                    let from = packed.as_ptr();
-                    unit.send = Some(packed);
-                    unit.plan(kind, from, self.size, None, &pool)
-                })
-            } else {
-                let from = send.as_ptr();
-                for r in 1..self.size as usize {
-                    let to = from.add(r * unit.count * element);
-                    from.add(r * stride * element)
-                        .copy_to(to, unit.count * element);
-                }
-                unit.send = Some(send);
-                unit.plan(kind, from, self.size, None, &pool)
-            }
-        };
-        if let Err(e) = planned {
-            // The ops were accepted and peers will launch: without memory this comm is at its end.
-            self.abort(Error::new(
-                Status::Transport,
-                format!("at a launch: {}", e.message),
-            ));
-            self.progress(&mut st, meter);
-            return Err(e);
-        }
-        self.queue(st, unit, meter).map(drop)
-    }
-}
-
-/// Lays rows out rank-major in blocks: `copy(rank, from, count, to)` copies a stretch of a row.
-///
-/// # Safety
-/// `to` has room for all rows of the unit.
-unsafe fn pack(unit: &Unit, size: u32, to: *mut u8, copy: impl Fn(u32, usize, usize, *mut u8)) {
-    let element = unit.dtype.size();
-    let mut done = 0;
-    while done < unit.count {
-        let count = (unit.count - done).min(unit.block);
-        for r in 0..size {
-            let at = done * size as usize + r as usize * count;
-            // SAFETY: the blocks before, and the rows before in this one, end at `at`.
-            copy(r, done, count, unsafe { to.add(at * element) });
-        }
-        done += count;
     }
 }

@@ -2,15 +2,13 @@
 
 use crate::comm::engine::{Collective, Kind};
 use crate::dtype::{DType, Finish, Op};
-use crate::error::Result;
 use crate::fingerprint::{Chain, Words};
 use crate::lane::work::Meter;
 use crate::lane::LaneId;
-use crate::memory::{Buffer, Pool};
+use crate::memory::Buffer;
 use crate::reduce;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// One op inside a bucket.
@@ -71,6 +69,14 @@ impl Parts {
     }
 }
 
+/// Where an engine puts what it delivers.
+pub enum Landing {
+    /// Where the caller wants the result: nothing is left to do.
+    Output(*mut u8),
+    /// Memory of ours.
+    Buffer(Buffer),
+}
+
 /// How far a unit is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
@@ -106,8 +112,8 @@ pub struct Unit {
     pub recv: Option<Buffer>,
     /// Where the bytes of an all-gather go that landed in `recv`, block by block.
     pub gather: Option<*mut u8>,
-    /// The engine has written the result where it belongs.
-    pub in_place: bool,
+    /// Rows of each block that the engine delivers: 1, or one from every rank.
+    pub rows: usize,
 }
 
 impl Unit {
@@ -129,7 +135,7 @@ impl Unit {
             send: None,
             recv: None,
             gather: None,
-            in_place: false,
+            rows: 1,
         }
     }
 
@@ -185,35 +191,37 @@ impl Unit {
             .collect()
     }
 
+    /// Bytes of what an engine delivers for `count` elements a row.
+    pub fn landing_bytes(&self, kind: Kind, size: u32) -> usize {
+        let rows = if kind == Kind::AllToAll {
+            size as usize
+        } else {
+            1
+        };
+        rows * self.count * self.dtype.size()
+    }
+
     /// Plans the payload: `count` elements a row at `send`, rank-major in blocks of `block`.
     ///
     /// # Safety
-    /// `send` holds size * count elements until the unit is dropped or the op over; `direct`, if
-    /// given, takes `count` elements of the same type as long.
-    pub unsafe fn plan(
-        &mut self,
-        kind: Kind,
-        send: *const u8,
-        size: u32,
-        direct: Option<*mut u8>,
-        pool: &Arc<Pool>,
-    ) -> Result<()> {
+    /// `send` holds size * count elements until the unit is dropped or the op over; so does what
+    /// `landing` names, for `landing_bytes`.
+    pub unsafe fn plan(&mut self, kind: Kind, send: *const u8, size: u32, landing: Landing) {
         let element = self.dtype.size();
         let rows = if kind == Kind::AllToAll {
             size as usize
         } else {
             1
         };
-        let recv = match direct {
-            Some(output) => output,
-            None => {
-                let buffer = Buffer::new(pool, rows * self.count * element)?;
+        self.rows = rows;
+        let recv = match landing {
+            Landing::Output(output) => output,
+            Landing::Buffer(buffer) => {
                 let at = buffer.as_ptr();
                 self.recv = Some(buffer);
                 at
             }
         };
-        self.in_place = direct.is_some();
         // AVG is a sum that our last step divides.
         let op = if self.op == Op::Avg { Op::Sum } else { self.op };
         let mut done = 0;
@@ -236,7 +244,6 @@ impl Unit {
             });
             done += count;
         }
-        Ok(())
     }
 
     /// Sorts the blocks of an all-gather into rank order.
@@ -263,9 +270,8 @@ impl Unit {
     /// # Safety
     /// The payload is done; the outputs of all pieces are valid.
     pub unsafe fn deliver(&self, size: u32, sources: &mut Vec<*const u8>, meter: &mut Meter) {
-        let Some(recv) = self.recv.as_ref().filter(|_| !self.in_place) else {
-            return;
-        };
+        // Without memory of ours the engine has put the result where it belongs.
+        let Some(recv) = &self.recv else { return };
         if let Some(output) = self.gather {
             // SAFETY: all ranks' bytes have landed, and the output has room for them.
             unsafe { self.gather_out(recv.as_ptr(), output, size as usize) };
@@ -273,8 +279,7 @@ impl Unit {
         }
         let start = Instant::now();
         let element = self.dtype.size();
-        let exchanged = recv.len() > self.count * element;
-        let rows = if exchanged { size as usize } else { 1 };
+        let rows = self.rows;
         for piece in self.pieces.iter().filter(|p| !p.output.is_null()) {
             let mut done = 0;
             while done < piece.count {
