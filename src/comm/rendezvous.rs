@@ -51,6 +51,8 @@ pub struct Join<'a> {
     pub settings: &'a [(&'static str, u64)],
     /// The size of each rank's own memory: a function of the settings.
     pub own_bytes: usize,
+    /// How much of it, from its beginning, is committed before anybody sees it.
+    pub own_committed: usize,
     /// The size of the one region that all ranks may write: a function of the settings.
     pub group_bytes: usize,
 }
@@ -58,7 +60,7 @@ pub struct Join<'a> {
 /// What a rank takes away from it.
 #[derive(Debug)]
 pub struct Joined {
-    /// This rank's memory, which it commits as it is used.
+    /// This rank's memory; what is not committed yet it commits as it is used.
     pub own: Mapping,
     /// The memory of the others, to read; none at this rank's place.
     pub peers: Vec<Option<Mapping>>,
@@ -82,7 +84,7 @@ fn join_in(join: &Join, environment: rundir::Environment) -> Result<Joined> {
         ));
     }
     if join.size == 1 {
-        let (own, _) = memfd::own(join.own_bytes)?;
+        let (own, _) = memfd::own(join)?;
         let (group, _) = memfd::group(join.group_bytes)?;
         let peers = vec![None];
         return Ok(Joined { own, peers, group });
@@ -91,7 +93,7 @@ fn join_in(join: &Join, environment: rundir::Environment) -> Result<Joined> {
     if join.rank == 0 {
         return host::host(join, &dir, &token);
     }
-    let own = memfd::own(join.own_bytes);
+    let own = memfd::own(join);
     let met = meet(join, &dir, &token, own.as_ref().map(|(_, shared)| shared));
     // What failed here is the cause, whatever the others make of it.
     let (own, _) = own?;

@@ -95,6 +95,7 @@ pub fn rank(rank: u32, size: u32) -> Join<'static> {
         deadline: Some(Instant::now() + Duration::from_secs(60)),
         settings: SETTINGS,
         own_bytes: OWN,
+        own_committed: 0,
         group_bytes: GROUP,
     }
 }
@@ -251,13 +252,11 @@ fn one_rank_needs_no_directory() {
     exchange(joined, 0, 0, &Barrier::new(1));
 }
 
-/// Run by the next test in a process of its own, where nobody else opens files.
 #[test]
-#[ignore = "counts the descriptors of the whole process"]
+#[ignore = "run by the next test in a process where nobody else opens files"]
 fn alone_descriptors_are_given_back() {
     let count = || fs::read_dir("/proc/self/fd").unwrap().count();
     let before = count();
-    share_rounds(3, 3);
     share_rounds(MOST_DESCRIPTORS as u32 + 6, 1);
     let place = Place::new();
     let mut odd = full(3);
@@ -485,7 +484,6 @@ fn signals_change_nothing() {
                 };
                 let all_well = (0..20).all(|_| place.join(&join).is_ok());
                 running.fetch_sub(1, Ordering::Relaxed);
-                // Stay, so that no signal goes to a thread that is gone.
                 wait_for(|| running.load(Ordering::Relaxed) == OVER);
                 assert!(all_well);
             });
@@ -496,7 +494,7 @@ fn signals_change_nothing() {
                 // SAFETY: the thread stays until it is told that this is over.
                 unsafe { libc::pthread_kill(thread, libc::SIGUSR2) };
             }
-            thread::sleep(Duration::from_micros(100));
+            thread::yield_now();
         }
         running.store(OVER, Ordering::Relaxed);
     });

@@ -41,9 +41,9 @@ pub fn join(
             ("calls kept", CALLS as u64),
         ],
         own_bytes: layout.total,
+        own_committed: layout.staging_at,
         group_bytes: 4096,
     })?;
-    joined.own.commit(0, layout.staging_at)?;
     let bases = (0..size as usize)
         .map(|r| joined.peers[r].as_ref().unwrap_or(&joined.own).as_ptr())
         .collect();
