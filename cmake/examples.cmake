@@ -5,13 +5,13 @@ endif()
 
 set(run_program "${CMAKE_CURRENT_LIST_DIR}/run_program.cmake")
 
-# rsb_example_test(NAME target [ARGS ...] [-DKEY=VALUE ...]): what run_program.cmake checks.
+# rsb_example_test(name target [ARGS argument...] [CHECK -DKEY=VALUE...]): KEYs are run_program.cmake's.
 function(rsb_example_test name target)
   cmake_parse_arguments(PARSE_ARGV 2 arg "" "" "ARGS;CHECK")
   add_test(NAME ${name}
     COMMAND "${CMAKE_COMMAND}" "-DPROGRAM=$<TARGET_FILE:${target}>" "-DARGUMENTS=${arg_ARGS}" ${arg_CHECK}
             -P "${run_program}")
-  set_tests_properties(${name} PROPERTIES TIMEOUT 120 LABELS example)
+  set_tests_properties(${name} PROPERTIES TIMEOUT 120 LABELS example ENVIRONMENT "${RSB_TEST_ENVIRONMENT}")
 endfunction()
 
 file(GLOB expected_files CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/c_examples/expected/*.txt")

@@ -84,7 +84,7 @@ fn join_in(join: &Join, environment: rundir::Environment) -> Result<Joined> {
         ));
     }
     if join.size == 1 {
-        let (own, _) = memfd::own(join)?;
+        let (own, _) = memfd::own(join.own_bytes, join.own_committed)?;
         let (group, _) = memfd::group(join.group_bytes)?;
         let peers = vec![None];
         return Ok(Joined { own, peers, group });
@@ -93,7 +93,7 @@ fn join_in(join: &Join, environment: rundir::Environment) -> Result<Joined> {
     if join.rank == 0 {
         return host::host(join, &dir, &token);
     }
-    let own = memfd::own(join);
+    let own = memfd::own(join.own_bytes, join.own_committed);
     let met = meet(join, &dir, &token, own.as_ref().map(|(_, shared)| shared));
     // What failed here is the cause, whatever the others make of it.
     let (own, _) = own?;

@@ -130,7 +130,7 @@ pub fn hear(socket: &Socket) -> Option<Message> {
 }
 
 pub fn memory(bytes: usize) -> OwnedFd {
-    memfd::own(bytes).unwrap().1.into()
+    memfd::own(bytes, 0).unwrap().1.into()
 }
 
 /// All of `ranks` at once, each in its thread.

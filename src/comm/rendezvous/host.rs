@@ -27,7 +27,7 @@ pub const MOST_STRANGERS: usize = 64;
 pub fn host(join: &Join, dir: &RunDir, token: &[u8]) -> Result<Joined> {
     let door = Door::open(join.name, dir, join.deadline)?;
     let mut host = Host::new(join, token);
-    let memory = memfd::own(join);
+    let memory = memfd::own(join.own_bytes, join.own_committed);
     let memory = memory.and_then(|own| Ok((own, memfd::group(join.group_bytes)?)));
     let ((own, own_file), (group, group_file)) = match memory {
         Ok(memory) => memory,

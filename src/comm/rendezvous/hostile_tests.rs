@@ -198,7 +198,7 @@ fn a_rank_0_that_dies_is_named_and_one_that_says_nothing_is_tried_again() {
 
 #[test]
 fn peers_can_neither_write_nor_resize_what_they_get() {
-    let (own, shared) = memfd::own(OWN).unwrap();
+    let (own, shared) = memfd::own(OWN, 0).unwrap();
     own.commit(0, OWN).unwrap();
     let e = Mapping::of_file(shared.as_fd(), OWN, true).unwrap_err();
     assert_eq!((e.status, e.native), (Status::NoMemory, libc::EACCES));

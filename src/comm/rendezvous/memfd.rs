@@ -10,16 +10,16 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use super::super::mapping::Mapping;
-use super::{failed, Join};
+use super::failed;
 use crate::error::{Error, Result, Status};
 
 const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
-/// What only this rank may write: its own mapping, and what peers get.
-pub fn own(join: &Join) -> Result<(Mapping, File)> {
-    let file = create(join.own_bytes)?;
-    let mapping = Mapping::of_file(file.as_fd(), join.own_bytes, true)?;
-    mapping.commit(0, join.own_committed)?;
+/// `bytes` that only this rank may write, the first of them committed: its own mapping, and what peers get.
+pub fn own(bytes: usize, committed: usize) -> Result<(Mapping, File)> {
+    let file = create(bytes)?;
+    let mapping = Mapping::of_file(file.as_fd(), bytes, true)?;
+    mapping.commit(0, committed)?;
     let what = "re-opening shared memory for reading through /proc/self/fd";
     let shared = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .map_err(|e| failed(Status::NoMemory, what, &e))?;

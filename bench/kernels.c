@@ -1,0 +1,56 @@
+/* kernels.c: sums for the floors: plain loops that the compiler vectorises, for three generations of x86-64 or for
+ * whatever else the machine is; plain stores. */
+#include "kernels.h"
+
+#include <stdint.h>
+
+#include "bench.h"
+#include "half.h"
+
+#if defined(__x86_64__)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CLONES
+#endif
+
+/* Two and four sources are summed in one loop; other numbers in blocks that stay in the L1 cache. */
+enum { BLOCK = 1024 };
+
+#define SUM(name, type, wide, load, store)                                                                          \
+  CLONES static void name(type *restrict to, const type *const *from, int ranks, size_t numel) {                    \
+    const type *a = from[0], *b = from[ranks > 1 ? 1 : 0];                                                          \
+    if (ranks == 2) {                                                                                               \
+      for (size_t i = 0; i < numel; i++) to[i] = store((wide)(load(a[i]) + load(b[i])));                            \
+    } else if (ranks == 4) {                                                                                        \
+      const type *c = from[2], *d = from[3];                                                                        \
+      for (size_t i = 0; i < numel; i++) to[i] = store((wide)(load(a[i]) + load(b[i]) + load(c[i]) + load(d[i])));  \
+    } else {                                                                                                        \
+      wide sums[BLOCK];                                                                                             \
+      for (size_t at = 0; at < numel; at += BLOCK) {                                                                \
+        size_t count = numel - at < BLOCK ? numel - at : BLOCK;                                                     \
+        for (size_t i = 0; i < count; i++) sums[i] = load(a[at + i]);                                               \
+        for (int rank = 1; rank < ranks; rank++) {                                                                  \
+          const type *more = from[rank] + at;                                                                       \
+          for (size_t i = 0; i < count; i++) sums[i] += load(more[i]);                                              \
+        }                                                                                                           \
+        for (size_t i = 0; i < count; i++) to[at + i] = store(sums[i]);                                             \
+      }                                                                                                             \
+    }                                                                                                               \
+  }
+
+SUM(sum_f32, float, float, , )
+SUM(sum_f64, double, double, , )
+SUM(sum_i32, uint32_t, uint32_t, , )
+SUM(sum_f16, uint16_t, float, f16_to_f32, f16_from_f32)
+SUM(sum_bf16, uint16_t, float, bf16_to_f32, bf16_from_f32)
+
+void bench_sum(int dtype, void *to, const void *const *from, int ranks, size_t numel) {
+  switch (dtype) {
+    case BENCH_F32: sum_f32(to, (const float *const *)from, ranks, numel); break;
+    case BENCH_F64: sum_f64(to, (const double *const *)from, ranks, numel); break;
+    case BENCH_I32: sum_i32(to, (const uint32_t *const *)from, ranks, numel); break;
+    case BENCH_F16: sum_f16(to, (const uint16_t *const *)from, ranks, numel); break;
+    case BENCH_BF16: sum_bf16(to, (const uint16_t *const *)from, ranks, numel); break;
+    default: bench_die("dtype %d: unknown", dtype);
+  }
+}

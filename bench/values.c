@@ -1,0 +1,124 @@
+/* values.c: fills inputs with values that vary by rank, tensor, position and round, and checks results bit by bit.
+ *
+ * The values are small integers (for products: powers of two), so that the combination of all ranks is exact before the
+ * one rounding that the type may need. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bench.h"
+#include "half.h"
+
+static const struct {
+  const char *name;
+  size_t size;
+} dtypes[] = {{"f32", 4}, {"f16", 2}, {"bf16", 2}, {"f64", 8}, {"i32", 4}};
+
+static const char *const ops[] = {"sum", "avg", "min", "max", "prod"};
+
+const char *bench_dtype_name(int dtype) {
+  return dtypes[dtype].name;
+}
+
+size_t bench_dtype_size(int dtype) {
+  return dtypes[dtype].size;
+}
+
+const char *bench_op_name(int op) {
+  return ops[op];
+}
+
+static uint32_t seed_of(int rank, size_t tensor, int round) {
+  uint64_t x = (uint64_t)tensor * 0x9e3779b97f4a7c15u + (uint64_t)rank * 0xbf58476d1ce4e5b9u + (uint64_t)round * 77731u;
+  x ^= x >> 31;
+  x *= 0x94d049bb133111ebu;
+  return (uint32_t)(x >> 32);
+}
+
+static inline int value_at(uint32_t seed, size_t index, int op) {
+  uint32_t hash = (uint32_t)index * 2654435761u + seed;
+  if (op == BENCH_PROD) return (hash >> 31 ? 2 : 1) * (hash >> 30 & 1 ? 1 : -1);
+  return (int)(hash >> 26) - 32;
+}
+
+/* One store for each type: `at` is an index, `value` a double or an int. */
+#define FOR_EACH_TYPE(dtype, CASE)                \
+  switch (dtype) {                                \
+    CASE(BENCH_F32, float, (float))               \
+    CASE(BENCH_F16, uint16_t, f16_from_f32)       \
+    CASE(BENCH_BF16, uint16_t, bf16_from_f32)     \
+    CASE(BENCH_F64, double, (double))             \
+    CASE(BENCH_I32, int32_t, (int32_t))           \
+    default:                                      \
+      bench_die("dtype %d: unknown", dtype);      \
+  }
+
+void bench_fill(void *to, int dtype, int op, int rank, size_t tensor, size_t numel, size_t valid, int round) {
+  uint32_t seed = seed_of(rank, tensor, round);
+#define FILL(name, type, convert)                                            \
+  case name:                                                                 \
+    for (size_t i = 0; i < valid; i++) {                                     \
+      ((type *)to)[i] = convert((float)value_at(seed, i, op));               \
+    }                                                                        \
+    break;
+  FOR_EACH_TYPE(dtype, FILL)
+#undef FILL
+  size_t size = bench_dtype_size(dtype);
+  memset((char *)to + valid * size, 0, (numel - valid) * size);
+}
+
+/* The exact combination of all ranks; AVG: rounded as the library rounds it, in f32 or f64. */
+static double expected_at(const uint32_t *seeds, int dtype, int op, int ranks, size_t index) {
+  double all = value_at(seeds[0], index, op);
+  for (int rank = 1; rank < ranks; rank++) {
+    double value = value_at(seeds[rank], index, op);
+    switch (op) {
+      case BENCH_MIN: all = value < all ? value : all; break;
+      case BENCH_MAX: all = value > all ? value : all; break;
+      case BENCH_PROD: all *= value; break;
+      default: all += value;
+    }
+  }
+  if (op != BENCH_AVG) return all;
+  return dtype == BENCH_F64 ? all / ranks : (double)((float)all / (float)ranks);
+}
+
+size_t bench_check(const void *got, int dtype, int op, int ranks, size_t tensor, size_t first, size_t numel,
+                   size_t valid, int round) {
+  uint32_t seeds[ranks];
+  for (int rank = 0; rank < ranks; rank++) seeds[rank] = seed_of(rank, tensor, round);
+#define CHECK(name, type, convert)                                                               \
+  case name:                                                                                     \
+    for (size_t i = 0; i < numel; i++) {                                                         \
+      type want = convert(i < valid ? expected_at(seeds, dtype, op, ranks, first + i) : 0);      \
+      if (((const type *)got)[i] != want) return i;                                              \
+    }                                                                                            \
+    break;
+  FOR_EACH_TYPE(dtype, CHECK)
+#undef CHECK
+  return numel;
+}
+
+void bench_fill_inputs(const bench_options *opt, const bench_workload *work, void *in, int rank, int round) {
+  size_t size = bench_dtype_size(opt->dtype);
+  for (size_t t = 0; t < work->count; t++) {
+    const bench_tensor *tensor = &work->tensors[t];
+    bench_fill((char *)in + tensor->in * size, opt->dtype, opt->op, rank, t, tensor->shard * (size_t)opt->ranks,
+               tensor->numel, round);
+  }
+}
+
+void bench_check_outputs(const bench_options *opt, const bench_workload *work, const void *const *shards, int rank,
+                         int round, const char *who) {
+  for (size_t t = 0; t < work->count; t++) {
+    const bench_tensor *tensor = &work->tensors[t];
+    size_t first = tensor->shard * (size_t)rank;
+    size_t left = tensor->numel > first ? tensor->numel - first : 0;
+    size_t wrong = bench_check(shards[t], opt->dtype, opt->op, opt->ranks, t, first, tensor->shard,
+                               left < tensor->shard ? left : tensor->shard, round);
+    if (wrong < tensor->shard) {
+      bench_die("%s, workload %s: rank %d's shard of tensor %zu is wrong at element %zu of %zu", who, work->name, rank,
+                t, wrong, tensor->shard);
+    }
+  }
+}
