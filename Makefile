@@ -27,6 +27,7 @@ target/demo/train_digits: lib $(DEMO:%=c_examples/%.c) include/rsbucket.h
 test: rust c sanitize
 
 rust:
+	tools/setup
 	$(CARGO) build --locked
 	$(CARGO) test --locked
 	$(CARGO) build --release --locked

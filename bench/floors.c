@@ -3,7 +3,8 @@
  *
  * The row of a rank is what all ranks hold for it: its shards of all tensors, one after the other. The staged floors move
  * rows in pieces through two slots a rank, which stay in the cache. One barrier a piece is enough: a rank fills a slot
- * again after the next piece's barrier, which its peers reach when they have read this piece. */
+ * again after the next piece's barrier, which its peers reach when they have read this piece; so slots alternate across
+ * passes too. */
 #include <string.h>
 
 #include "group.h"
@@ -58,7 +59,8 @@ static void sum_own_row(bench_rank *me, walk w, uint64_t slot, bool own_from_inp
 static void staged(bench_rank *me, bool own_from_input) {
   size_t piece = me->opt->piece_bytes / bench_dtype_size(me->opt->dtype), end = me->work->out_numel;
   const bench_tensor *tensor = me->work->tensors;
-  for (size_t at = 0, slot = 0; at < end; at += piece, slot ^= 1) {
+  for (size_t at = 0; at < end; at += piece) {
+    uint64_t slot = me->pieces++ & 1;
     while (tensor->out + tensor->shard <= at) tensor++;
     walk w = {tensor, at, end - at < piece ? end : at + piece};
     for (int row = 0; row < me->group->ranks; row++) {
@@ -67,8 +69,6 @@ static void staged(bench_rank *me, bool own_from_input) {
     bench_barrier(me);
     sum_own_row(me, w, slot, own_from_input);
   }
-  /* The next pass may begin with the slot that peers still read. */
-  bench_barrier(me);
 }
 
 void bench_floor_staged(bench_rank *me) {

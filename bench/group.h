@@ -30,7 +30,7 @@ typedef struct bench_rank {
   const bench_options *opt;
   bench_group *group;
   int rank;
-  uint64_t barriers;
+  uint64_t barriers, pieces; /* counted since the start */
   const bench_workload *work;
   char *in, *out;              /* arenas, this rank's own memory */
   const void **shards;         /* where the last pass left the shard of each tensor */

@@ -90,15 +90,12 @@ static long long number(const char *text, const char *name, long long least, lon
   errno = 0;
   long long value = strtoll(text, &end, 10);
   const char *suffixes = "KMG", *suffix = *end ? strchr(suffixes, *end) : NULL;
-  int shift = 0;
-  if (suffix) {
-    shift = 10 * (int)(suffix - suffixes + 1);
-    end++;
-  }
-  if (errno || end == text || *end || value < least || value > most >> shift) {
+  bool right = !errno && end > text && (*end == '\0' || (suffix && end[1] == '\0')) && value <= most && value >= -most;
+  if (right && suffix) value *= 1LL << 10 * (suffix - suffixes + 1);
+  if (!right || value < least || value > most) {
     bench_die("--%s %s: expected a number from %lld to %lld", name, text, least, most);
   }
-  return value * (1LL << shift);
+  return value;
 }
 
 static int choice(const char *text, const char *name, const char *(*name_of)(int), int count) {
@@ -111,7 +108,7 @@ static int choice(const char *text, const char *name, const char *(*name_of)(int
 bench_options bench_parse(int argc, char **argv, const char *program) {
   bench_options opt = {.ranks = 2, .workloads = "A,B,C,D", .piece_bytes = 256 << 10, .rounds = 10, .warmup = 2,
                        .floors = true};
-  const long long most = 1LL << 46;
+  const long long most = 1LL << 32; /* times G, it still fits */
   for (int option, at; (option = getopt_long(argc, argv, "", options, &at)) != -1;) {
     switch (option) {
       case RANKS: opt.ranks = (int)number(optarg, "ranks", 1, 1024); break;
@@ -141,5 +138,6 @@ bench_options bench_parse(int argc, char **argv, const char *program) {
   }
   if (optind < argc) bench_die("%s: unexpected; see --help", argv[optind]);
   if (opt.op == BENCH_AVG && opt.dtype == BENCH_I32) bench_die("--op avg: expected a float dtype, not i32");
+  if (opt.op == BENCH_PROD && opt.ranks > 15) bench_die("--op prod: expected at most 15 ranks, not %d", opt.ranks);
   return opt;
 }

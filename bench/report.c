@@ -69,8 +69,10 @@ void bench_print(const bench_options *opt, const bench_workload *work, const cha
                  size_t count) {
   bool calls = work->calls > 1;
   double unit = calls ? 1e3 / work->calls : 1;
-  printf("\n%s: %s, %zu bytes (%.4g MiB) a rank, %s %s, %d %s\n", work->name, work->what, work->bytes,
-         (double)work->bytes / (1 << 20), bench_dtype_name(opt->dtype), bench_op_name(opt->op), opt->ranks, mode);
+  bool small = work->bytes < 1 << 20;
+  printf("\n%s: %s, %.4g %s a rank, %s %s, %d %s\n", work->name, work->what,
+         (double)work->bytes / (small ? 1 : 1 << 20), small ? "bytes" : "MiB", bench_dtype_name(opt->dtype),
+         bench_op_name(opt->op), opt->ranks, mode);
   printf("  %-26s %9s %9s %9s %8s %9s", calls ? "us a call" : "ms a pass", "median", "fastest", "slowest", "GB/s",
          "CPU");
   for (size_t f = 0; f < count; f++) {
@@ -81,7 +83,7 @@ void bench_print(const bench_options *opt, const bench_workload *work, const cha
     const bench_series *s = &series[i];
     int passes = s->rounds * s->iters;
     double middle = median(s->ms, passes), least = extreme(s->ms, passes, -1);
-    printf("  %-26s %9.3f %9.3f %9.3f %8.2f %9.3f", s->label, middle * unit, least * unit,
+    printf("  %-26s %9.3f %9.3f %9.3f %8.3g %9.3f", s->label, middle * unit, least * unit,
            extreme(s->ms, passes, 1) * unit, (double)work->bytes * work->calls / middle / 1e6,
            median(s->cpu_ms, passes) * unit);
     for (size_t f = 0; f < count; f++) {

@@ -2,8 +2,6 @@
  *
  * The values are small integers (for products: powers of two), so that the combination of all ranks is exact before the
  * one rounding that the type may need. */
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "bench.h"
@@ -41,7 +39,7 @@ static inline int value_at(uint32_t seed, size_t index, int op) {
   return (int)(hash >> 26) - 32;
 }
 
-/* One store for each type: `at` is an index, `value` a double or an int. */
+/* CASE(dtype, its C type, the conversion to it) for each dtype. */
 #define FOR_EACH_TYPE(dtype, CASE)                \
   switch (dtype) {                                \
     CASE(BENCH_F32, float, (float))               \
@@ -67,35 +65,49 @@ void bench_fill(void *to, int dtype, int op, int rank, size_t tensor, size_t num
   memset((char *)to + valid * size, 0, (numel - valid) * size);
 }
 
-/* The exact combination of all ranks; AVG: rounded as the library rounds it, in f32 or f64. */
-static double expected_at(const uint32_t *seeds, int dtype, int op, int ranks, size_t index) {
-  double all = value_at(seeds[0], index, op);
+enum { BLOCK = 512 };
+
+/* What all ranks make of `count` elements from `first` on; exact but for AVG's division, which rounds as the library's. */
+static void expect(double *want, const uint32_t *seeds, int dtype, int op, int ranks, size_t first, size_t count) {
+  float all[BLOCK];
+  for (size_t i = 0; i < count; i++) all[i] = (float)value_at(seeds[0], first + i, op);
   for (int rank = 1; rank < ranks; rank++) {
-    double value = value_at(seeds[rank], index, op);
-    switch (op) {
-      case BENCH_MIN: all = value < all ? value : all; break;
-      case BENCH_MAX: all = value > all ? value : all; break;
-      case BENCH_PROD: all *= value; break;
-      default: all += value;
+    uint32_t seed = seeds[rank];
+    for (size_t i = 0; i < count; i++) {
+      float value = (float)value_at(seed, first + i, op);
+      switch (op) {
+        case BENCH_MIN: all[i] = value < all[i] ? value : all[i]; break;
+        case BENCH_MAX: all[i] = value > all[i] ? value : all[i]; break;
+        case BENCH_PROD: all[i] *= value; break;
+        default: all[i] += value;
+      }
     }
   }
-  if (op != BENCH_AVG) return all;
-  return dtype == BENCH_F64 ? all / ranks : (double)((float)all / (float)ranks);
+  double divisor = op == BENCH_AVG ? ranks : 1;
+  for (size_t i = 0; i < count; i++) {
+    want[i] = dtype == BENCH_F64 ? all[i] / divisor : (double)(all[i] / (float)divisor);
+  }
 }
 
 size_t bench_check(const void *got, int dtype, int op, int ranks, size_t tensor, size_t first, size_t numel,
                    size_t valid, int round) {
   uint32_t seeds[ranks];
+  double want[BLOCK];
   for (int rank = 0; rank < ranks; rank++) seeds[rank] = seed_of(rank, tensor, round);
-#define CHECK(name, type, convert)                                                               \
-  case name:                                                                                     \
-    for (size_t i = 0; i < numel; i++) {                                                         \
-      type want = convert(i < valid ? expected_at(seeds, dtype, op, ranks, first + i) : 0);      \
-      if (((const type *)got)[i] != want) return i;                                              \
-    }                                                                                            \
+  for (size_t at = 0; at < numel; at += BLOCK) {
+    size_t count = numel - at < BLOCK ? numel - at : BLOCK;
+    size_t filled = at >= valid ? 0 : valid - at < count ? valid - at : count;
+    expect(want, seeds, dtype, op, ranks, first + at, filled);
+    for (size_t i = filled; i < count; i++) want[i] = 0;
+#define CHECK(name, type, convert)                                            \
+  case name:                                                                  \
+    for (size_t i = 0; i < count; i++) {                                      \
+      if (((const type *)got)[at + i] != convert(want[i])) return at + i;     \
+    }                                                                         \
     break;
-  FOR_EACH_TYPE(dtype, CHECK)
+    FOR_EACH_TYPE(dtype, CHECK)
 #undef CHECK
+  }
   return numel;
 }
 

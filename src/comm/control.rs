@@ -22,13 +22,15 @@ pub const MESSAGE: usize = 240;
 /// The head of a rank's memory.
 #[repr(C)]
 pub struct Head {
+    /// Marked by the kernel when this rank's process is gone ([`super::keeper`]). The very first word.
+    pub alive: Lone<AtomicU32>,
     /// Rung (changed, then woken) at every event that a peer may sleep for.
     pub bell: Lone<AtomicU32>,
     /// Not 0 while this rank sleeps on some peer's bell.
     pub sleeping: Lone<AtomicU32>,
     /// Chunks this rank has reduced.
     pub consumed: Lone<AtomicU64>,
-    /// Calls this rank has recorded.
+    /// Twice the calls this rank has recorded, plus one while it records the next.
     pub calls: Lone<AtomicU64>,
     /// Not 0 once this rank has freed its comm.
     pub left: Lone<AtomicU32>,

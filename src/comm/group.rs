@@ -11,6 +11,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use super::control::{CallRecord, Detail, Head, Layout, Line, CALLS, MESSAGE, NO_SLOT};
+use super::keeper;
 use super::mapping::Mapping;
 use super::patience;
 use super::word::{self, End, Fate};
@@ -183,28 +184,33 @@ impl Group {
     /// Records one call, so that peers can name it should it differ from theirs.
     #[inline]
     pub fn record(&self, number: u64, words: &Words) {
+        // Counted before its words overwrite an old call, so that a reader of that one can tell; and
+        // counted again when they are there.
+        let calls = &self.own_head().calls.0;
+        calls.store(number << 1 | 1, Ordering::Relaxed);
+        fence(Ordering::Release);
         for (to, from) in self.call_of(self.rank, number).iter().zip(words) {
             to.store(*from, Ordering::Relaxed);
         }
-        self.own_head().calls.0.store(number + 1, Ordering::Release);
+        calls.store((number + 1) << 1, Ordering::Release);
     }
 
     /// Call `number` of `rank`, if it has made it and still keeps it.
     pub fn recorded(&self, rank: u32, number: u64) -> Option<Words> {
-        let calls = &self.head(rank).calls.0;
-        if number >= calls.load(Ordering::Acquire) {
+        if number >= self.calls(rank) {
             return None;
         }
         let words = self.call_of(rank, number);
         let words = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
         fence(Ordering::Acquire);
         // Overwritten while it was read, or just before: gone.
-        (calls.load(Ordering::Relaxed) < number + CALLS as u64).then_some(words)
+        let begun = self.head(rank).calls.0.load(Ordering::Relaxed).div_ceil(2);
+        (begun <= number + CALLS as u64).then_some(words)
     }
 
     /// Calls that `rank` has made.
     pub fn calls(&self, rank: u32) -> u64 {
-        self.head(rank).calls.0.load(Ordering::Acquire)
+        self.head(rank).calls.0.load(Ordering::Acquire) >> 1
     }
 
     /// The first call that `rank` still keeps.
@@ -284,15 +290,32 @@ impl Group {
         self.head(rank).left.0.load(Ordering::Acquire) != 0
     }
 
+    /// Whether `rank` will never answer again: it has freed its comm, or its process has ended. Why.
+    pub fn is_gone(&self, rank: u32) -> Option<Error> {
+        let gone = if self.has_left(rank) {
+            format!("rank {rank} has left: it freed its comm while others need it")
+        } else if keeper::is_gone(&self.head(rank).alive.0) {
+            format!("rank {rank} is gone: its process has ended")
+        } else {
+            return None;
+        };
+        Some(Error::new(Status::PeerLost, gone).blame(rank))
+    }
+
+    fn is_silent(&self, rank: u32) -> bool {
+        self.has_left(rank) || keeper::is_gone(&self.head(rank).alive.0)
+    }
+
     /// Says that this rank has freed its comm.
     pub fn leave(&self) {
         self.own_head().left.0.store(1, Ordering::Release);
         patience::ring(&self.own_head().bell.0);
     }
 
-    /// Whether what `stall` waits for has come, or the group has ended.
+    /// Whether what `stall` waits for has come, or never will.
     pub fn is_over(&self, stall: &Stall) -> bool {
         self.end().is_some()
+            || self.is_silent(stall.rank())
             || match *stall {
                 Stall::Line { rank, seq } => self.is_published(rank, seq),
                 Stall::Consumed { rank, seq } => self.consumed(rank) > seq,

@@ -7,6 +7,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 
+use super::keeper::{self, Life};
 use crate::error::{Error, Result, Status};
 
 /// Commits go in slices of this size: a signal makes the kernel drop what one call has done so
@@ -19,6 +20,9 @@ pub struct Mapping {
     start: *mut u8,
     bytes: usize,
     backing: Backing,
+    /// Private bytes of ours before the start.
+    before: usize,
+    life: Option<Life>,
 }
 
 /// What stands behind the pages, which decides how they are committed.
@@ -61,6 +65,33 @@ impl Mapping {
         Mapping::map(bytes, access, libc::MAP_SHARED, fd.as_raw_fd(), backing)
     }
 
+    /// Puts this process's liveness word at the start of a writable mapping of a file: peers that map
+    /// the file see when this process is gone. Its first page is committed.
+    pub fn enliven(mut self) -> Result<Mapping> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let all = self.bytes.saturating_add(keeper::BEFORE);
+        let mut whole = Mapping::map(all, access, flags, -1, Backing::Anonymous)?;
+        // SAFETY: moves the file's mapping over the end of a range that is ours, and as long.
+        let moved = unsafe {
+            let to = whole.start.add(keeper::BEFORE);
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            libc::mremap(self.start.cast(), self.bytes, self.bytes, flags, to)
+        };
+        if moved == libc::MAP_FAILED {
+            let what = format_args!("placing {} bytes of shared memory", self.bytes);
+            return Err(Error::os(Status::NoMemory, what));
+        }
+        whole.backing = std::mem::replace(&mut self.backing, Backing::ReadOnly);
+        (whole.start, whole.bytes, whole.before) = (moved.cast(), self.bytes, keeper::BEFORE);
+        // Nothing is left where the file was mapped.
+        std::mem::forget(self);
+        // SAFETY: the word is the file's first bytes, its node the private ones before; both stay
+        // mapped until this mapping is dropped, which drops the life first.
+        whole.life = Some(unsafe { Life::new(whole.start.cast())? });
+        Ok(whole)
+    }
+
     fn map(bytes: usize, access: i32, flags: i32, fd: i32, backing: Backing) -> Result<Mapping> {
         // SAFETY: without MAP_FIXED the kernel chooses a free range, so no memory in use changes.
         let start = unsafe { libc::mmap(ptr::null_mut(), bytes, access, flags, fd, 0) };
@@ -72,6 +103,8 @@ impl Mapping {
             start: start.cast(),
             bytes,
             backing,
+            before: 0,
+            life: None,
         };
         // SAFETY: the range is the one just mapped.
         #[cfg(target_os = "linux")]
@@ -166,9 +199,13 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.life = None;
         // SAFETY: the range was mapped by `map` and is unmapped once; whoever holds a pointer into
         // it holds the mapping too.
-        unsafe { libc::munmap(self.start.cast(), self.bytes) };
+        unsafe {
+            let start = self.start.sub(self.before);
+            libc::munmap(start.cast(), self.before + self.bytes)
+        };
     }
 }
 

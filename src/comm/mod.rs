@@ -4,6 +4,7 @@
 pub mod control;
 pub mod engine;
 pub mod group;
+pub mod keeper;
 pub mod mapping;
 pub mod patience;
 pub mod rendezvous;

@@ -1,7 +1,7 @@
 //! How the processes of one host meet: once, at a socket of rank 0, to give each other their
 //! memory. After that they talk through it, and the socket is gone.
 //!
-//! Rank 0 listens ([`host`]); the others come with a hello and a descriptor of their own memory.
+//! Rank 0 listens (`host`); the others come with a hello and a descriptor of their own memory.
 //! When all are there rank 0 hands everybody's memory to everybody; each maps it and says so; and
 //! only when all have said so does rank 0 let them go. Whatever prevents that is told to all.
 
@@ -51,7 +51,8 @@ pub struct Join<'a> {
     pub settings: &'a [(&'static str, u64)],
     /// The size of each rank's own memory: a function of the settings.
     pub own_bytes: usize,
-    /// How much of it, from its beginning, is committed before anybody sees it.
+    /// How much of it, from its beginning, is committed before anybody sees it. If any is, the first
+    /// word is this process's liveness word.
     pub own_committed: usize,
     /// The size of the one region that all ranks may write: a function of the settings.
     pub group_bytes: usize,

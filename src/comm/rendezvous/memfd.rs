@@ -15,11 +15,14 @@ use crate::error::{Error, Result, Status};
 
 const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
-/// `bytes` that only this rank may write, the first of them committed: its own mapping, and what peers get.
+/// `bytes` that only this rank may write, the first of them committed and with its liveness word: its own mapping, and what peers get.
 pub fn own(bytes: usize, committed: usize) -> Result<(Mapping, File)> {
     let file = create(bytes)?;
-    let mapping = Mapping::of_file(file.as_fd(), bytes, true)?;
+    let mut mapping = Mapping::of_file(file.as_fd(), bytes, true)?;
     mapping.commit(0, committed)?;
+    if committed > 0 {
+        mapping = mapping.enliven()?;
+    }
     let what = "re-opening shared memory for reading through /proc/self/fd";
     let shared = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .map_err(|e| failed(Status::NoMemory, what, &e))?;

@@ -2,6 +2,7 @@
 //!
 //! Built only after a mismatch, from the calls that every rank keeps readable.
 
+use crate::comm::control::CALLS;
 use crate::comm::group::Group;
 use crate::error::{Error, Status};
 use crate::fingerprint::{fields, Words};
@@ -15,7 +16,13 @@ pub fn describe(group: &Group, seq: u64) -> Error {
         .map(|r| group.published(r, seq).map_or(0, |p| p.chain.calls))
         .collect();
     let first = ranks.map(|r| group.oldest_recorded(r)).max().unwrap_or(0);
-    let last = made.iter().copied().max().unwrap_or(0);
+    // What a line says is checked against what can be kept: a peer's memory is not to be trusted.
+    let last = made
+        .iter()
+        .copied()
+        .max()
+        .unwrap_or(0)
+        .min(first + CALLS as u64);
     for number in first..last {
         let calls: Vec<Option<Words>> = (0..group.size())
             .map(|r| {

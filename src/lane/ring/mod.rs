@@ -3,7 +3,7 @@
 //! A rank copies its rows into a chunk and publishes it when it is full, or when its bucket is
 //! launched; once all ranks have published chunk k, each reduces its own row of k straight into the
 //! results. So a large tensor streams through like many small ones, and on one host the chunk in
-//! cache is the real bucket. [`State`] never waits; all waiting is here, with the lock released.
+//! cache is the real bucket. `State` never waits; all waiting is here, with the lock released.
 
 mod desync;
 mod state;
@@ -509,12 +509,11 @@ impl Ring {
     /// Ends the group if the awaited rank has left, or is too late.
     fn lose_patience(&self, patience: &Patience, stall: &Stall) {
         let (group, rank) = (&self.group, stall.rank());
-        if group.has_left(rank) && !group.is_over(stall) {
-            let text = format!(
-                "rank {rank} has left: it freed its comm while rank {} needs it",
-                group.rank()
-            );
-            group.abort(&Error::new(Status::PeerLost, text).blame(rank));
+        // A missing line is mourned where lines are read; here it is a chunk that nobody will reduce.
+        if let (Stall::Consumed { seq, .. }, Some(gone)) = (stall, group.is_gone(rank)) {
+            if group.consumed(rank) <= *seq {
+                group.abort(&gone);
+            }
         }
         let Some(timeout) = self.timeout else { return };
         if patience.waited() >= timeout && !group.is_over(stall) {

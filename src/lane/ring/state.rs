@@ -309,6 +309,7 @@ impl State {
     fn step(&mut self, group: &Group, meter: &mut Meter) -> bool {
         let seq = self.reduced;
         if !group.is_published(self.awaited, seq) {
+            self.mourn(group, seq);
             return false;
         }
         let index = (seq - self.first_closed()) as usize;
@@ -320,6 +321,7 @@ impl State {
             let Some(line) = group.published(rank, seq) else {
                 self.awaited = rank;
                 self.rows = slots;
+                self.mourn(group, seq);
                 return false;
             };
             let mine = group.rank() == rank;
@@ -340,6 +342,15 @@ impl State {
         }
         // Over: `progress` finds out whether the chunk was committed before.
         false
+    }
+
+    /// Ends the group if the awaited rank is gone and has not published chunk `seq` before.
+    fn mourn(&self, group: &Group, seq: u64) {
+        if let Some(gone) = group.is_gone(self.awaited) {
+            if !group.is_published(self.awaited, seq) {
+                group.abort(&gone);
+            }
+        }
     }
 
     /// Whether a peer's line says what this rank's own line for the chunk says.
