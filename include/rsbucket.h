@@ -428,8 +428,8 @@ rsb_status rsb_comm_create_local(uint32_t size,
  * - RSB_ERR_BAD_HANDLE: config->control is given and is no live handle.
  * - RSB_ERR_UNSUPPORTED: this system has no shm comms (rule 10), or an unknown flag or field of
  *   config is set.
- * - RSB_ERR_PERMISSION: the rendezvous was refused: another user, a wrong token, a rank that another
- *   process has, or a directory that is not safe.
+ * - RSB_ERR_PERMISSION: the rendezvous was refused: another user, a wrong token, a rank that
+ *   another process has, or a directory that is not safe.
  * - RSB_ERR_CONFIG_MISMATCH: the ranks came with different settings.
  * - RSB_ERR_TIMEOUT: not all ranks joined in time.
  * - RSB_ERR_PEER_LOST: a rank went while the group was forming.
