@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* ---- Types of elements, and values ------------------------------------------------------------------------------- */
+/* ---- Types of elements, and values ----------------------------------------------------------- */
 
 enum bench_dtype { BENCH_F32, BENCH_F16, BENCH_BF16, BENCH_F64, BENCH_I32 };
 enum bench_op { BENCH_SUM, BENCH_AVG, BENCH_MIN, BENCH_MAX, BENCH_PROD };
@@ -25,7 +25,7 @@ void bench_fill(void *to, int dtype, int op, int rank, size_t tensor, size_t num
 size_t bench_check(const void *got, int dtype, int op, int ranks, size_t tensor, size_t first, size_t numel,
                    size_t valid, int round);
 
-/* ---- Options ------------------------------------------------------------------------------------------------------ */
+/* ---- Options --------------------------------------------------------------------------------- */
 
 typedef struct {
   int ranks, dtype, op;
@@ -42,7 +42,7 @@ bench_options bench_parse(int argc, char **argv, const char *program);
 /* Says why on stderr and ends the process with status 1. */
 _Noreturn void bench_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* ---- Workloads ---------------------------------------------------------------------------------------------------- */
+/* ---- Workloads ------------------------------------------------------------------------------- */
 
 /* One reduce-scatter. Positions are in elements, in a rank's arenas of inputs and outputs. Outputs lie one after the
  * other, so the row of a rank is its whole output arena. */
@@ -75,7 +75,7 @@ void bench_fill_inputs(const bench_options *opt, const bench_workload *work, voi
 void bench_check_outputs(const bench_options *opt, const bench_workload *work, const void *const *shards, int rank,
                          int round, const char *who);
 
-/* ---- Time --------------------------------------------------------------------------------------------------------- */
+/* ---- Time ------------------------------------------------------------------------------------ */
 
 /* One rank's view of a timed pass, in nanoseconds of clocks that all ranks share. */
 typedef struct {
@@ -85,7 +85,7 @@ typedef struct {
 int64_t bench_now(void);
 int64_t bench_cpu(bool of_process);
 
-/* ---- Report ------------------------------------------------------------------------------------------------------- */
+/* ---- Report ---------------------------------------------------------------------------------- */
 
 /* The timed passes of one contender on one workload, round by round, `iters` passes each. */
 typedef struct {

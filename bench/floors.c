@@ -1,10 +1,10 @@
 /* floors.c: how fast a reduce-scatter of a workload could be on this machine, with the library's costs left out: no
  * calls, callbacks, checks or handles; only the copies, the sums, and a barrier where ranks depend on each other.
  *
- * The row of a rank is what all ranks hold for it: its shards of all tensors, one after the other. The staged floors move
- * rows in pieces through two slots a rank, which stay in the cache. One barrier a piece is enough: a rank fills a slot
- * again after the next piece's barrier, which its peers reach when they have read this piece; so slots alternate across
- * passes too. */
+ * The row of a rank is what all ranks hold for it: its shards of all tensors, one after the other. The staged floors
+ * move rows in pieces through two slots a rank, which stay in the cache. One barrier a piece is enough: a rank fills a
+ * slot again after the next piece's barrier, which its peers reach when they have read this piece; so slots alternate
+ * across passes too. */
 #include <string.h>
 
 #include "group.h"

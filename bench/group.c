@@ -28,10 +28,11 @@ static char *take(size_t *at, char *base, size_t bytes) {
 }
 
 /* Lays the shared memory out from `base`; returns how much there is. */
-static size_t lay_out(bench_group *group, char *base, size_t samples) {
+static size_t lay_out(bench_group *group, char *base, size_t samples, size_t workloads) {
   size_t at = 0, ranks = (size_t)group->ranks;
   group->lines = (bench_line *)take(&at, base, ranks * sizeof(bench_line));
   group->samples = (bench_sample *)take(&at, base, samples * sizeof(bench_sample));
+  group->notes = (char (*)[BENCH_NOTE])take(&at, base, workloads * 4 * BENCH_NOTE);
   group->staging = take(&at, base, ranks * group->staging_stride);
   group->inputs = take(&at, base, ranks * group->input_stride);
   return at;
@@ -46,13 +47,13 @@ bench_group bench_group_make(const bench_options *opt, const bench_workload *wor
   if (opt->floors && !opt->threads) group.input_stride = (largest * bench_dtype_size(opt->dtype) + 4095) / 4096 * 4096;
 
   static char nowhere[1];
-  size_t bytes = lay_out(&group, nowhere, samples);
+  size_t bytes = lay_out(&group, nowhere, samples, count);
   int fd = memfd_create("rsb_perf", MFD_CLOEXEC);
   if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0) bench_die("shared memory of %zu bytes: none to be had", bytes);
   char *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) bench_die("shared memory of %zu bytes: cannot be mapped", bytes);
   close(fd);
-  lay_out(&group, base, samples);
+  lay_out(&group, base, samples, count);
   return group;
 }
 
@@ -72,7 +73,7 @@ void bench_barrier(bench_rank *me) {
   }
 }
 
-/* ---- Starting ----------------------------------------------------------------------------------------------------- */
+/* ---- Starting -------------------------------------------------------------------------------- */
 
 typedef struct {
   bench_rank *rank;

@@ -12,6 +12,8 @@ typedef struct {
   _Alignas(128) _Atomic uint64_t reached;
 } bench_line;
 
+enum { BENCH_NOTE = 160 };
+
 /* Made before the ranks start. What it points to is shared by them, in threads and in processes. */
 typedef struct {
   int ranks;
@@ -23,6 +25,7 @@ typedef struct {
   char *inputs;
   bench_line *lines;
   bench_sample *samples;
+  char (*notes)[BENCH_NOTE]; /* four lines a workload, which rank 0 may fill for the report */
 } bench_group;
 
 /* One rank. */
@@ -53,7 +56,7 @@ static inline char *bench_staging(const bench_rank *me, int rank, uint64_t slot,
   return me->group->staging + (size_t)rank * me->group->staging_stride + (slot * rows + (size_t)row) * piece;
 }
 
-/* ---- The floors: what a reduce-scatter of the workload costs at least -------------------------------------------- */
+/* ---- The floors: what a reduce-scatter of the workload costs at least ------------------------ */
 
 /* Every rank copies all rows into the staging, piece by piece, and sums its own row from there. */
 void bench_floor_staged(bench_rank *me);

@@ -98,7 +98,7 @@ void bench_print(const bench_options *opt, const bench_workload *work, const cha
   fflush(stdout);
 }
 
-/* ---- JSON --------------------------------------------------------------------------------------------------------- */
+/* ---- JSON ------------------------------------------------------------------------------------ */
 
 static FILE *json;
 static bool json_first;

@@ -1,8 +1,8 @@
 /* rsb_perf.c: times the library, in the spirit of nccl-tests' reduce_scatter_perf, beside what the same work costs at
  * least on the same machine in the same run: rounds in which the library and the floors take turns.
  *
- * A pass begins at a barrier, with inputs ready, and ends when all ranks have all shards, callbacks included. Results in
- * the library's memory are kept until the next pass begins. */
+ * A pass begins at a barrier, with inputs ready, and ends when all ranks have all shards, callbacks included. Results
+ * in the library's memory are kept until the next pass begins. */
 #include <rsbucket.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,7 +12,7 @@
 
 #include "group.h"
 
-/* ---- The library's pass ------------------------------------------------------------------------------------------- */
+/* ---- The library's pass ---------------------------------------------------------------------- */
 
 enum { OUTPUT = 1, BORROW = 2 };
 
@@ -94,7 +94,20 @@ static void pass_both(bench_rank *me) {
   library_pass(me, OUTPUT | BORROW);
 }
 
-/* ---- Contenders --------------------------------------------------------------------------------------------------- */
+/* Where the library's own counters say that rank 0's passes went, as a line for the report. */
+static void note_counters(const bench_rank *me, const char *label, const rsb_stats *before, const rsb_stats *after,
+                          char *note) {
+  double passes = (double)(after->ops_submitted - before->ops_submitted) / (double)me->work->count / me->work->calls;
+  double to_unit = me->work->calls > 1 ? 1e-3 / me->work->calls / passes : 1e-6 / passes;
+  snprintf(note, BENCH_NOTE, "    %s: packing %.3f, reducing %.3f, waiting %.3f, callbacks %.3f; %.4g MiB copied", label,
+           (double)(after->pack_ns - before->pack_ns) * to_unit,
+           (double)(after->reduce_ns - before->reduce_ns) * to_unit,
+           (double)(after->wait_ns - before->wait_ns) * to_unit,
+           (double)(after->callback_ns - before->callback_ns) * to_unit,
+           (double)(after->copied_bytes - before->copied_bytes) / passes / (1 << 20));
+}
+
+/* ---- Contenders ------------------------------------------------------------------------------ */
 
 typedef struct {
   const char *key, *label;
@@ -128,7 +141,7 @@ static contenders contenders_for(const bench_options *opt, const bench_workload 
   return all;
 }
 
-/* ---- One rank ----------------------------------------------------------------------------------------------------- */
+/* ---- One rank -------------------------------------------------------------------------------- */
 
 /* All workloads, and the ranks' samples of each. */
 static const bench_workload *works;
@@ -186,6 +199,8 @@ static void fill(bench_rank *me, int round) {
 
 static void run_workload(bench_rank *me, bench_sample *samples) {
   const bench_options *opt = me->opt;
+  const library *lib = me->library;
+  rsb_stats before[4], after;
   contenders all = contenders_for(opt, me->work);
   int iters = bench_iters(opt, me->work);
   fill(me, 0);
@@ -194,6 +209,7 @@ static void run_workload(bench_rank *me, bench_sample *samples) {
   for (size_t i = 0; i < all.count; i++) {
     for (int pass = 0; pass < opt->warmup; pass++) timed_pass(me, &all.list[i]);
   }
+  for (int form = 0; form < 4; form++) rsb_bucketer_stats(lib->bucketers[form], &before[form], sizeof before[form]);
   for (int round = 0; round < opt->rounds; round++) {
     say_progress(me, round);
     for (size_t turn = 0; turn < all.count; turn++) {
@@ -209,6 +225,11 @@ static void run_workload(bench_rank *me, bench_sample *samples) {
   say_progress(me, opt->rounds);
   for (size_t i = 0; i < all.count; i++) checked_pass(me, &all.list[i], 1);
   give_results_back(me);
+  for (int form = 0; me->rank == 0 && form < 4; form++) {
+    rsb_bucketer_stats(lib->bucketers[form], &after, sizeof after);
+    if (after.ops_submitted == before[form].ops_submitted) continue;
+    note_counters(me, forms[form].label, &before[form], &after, me->group->notes[(me->work - works) * 4 + form]);
+  }
 }
 
 static void *arena(size_t bytes) {
@@ -259,7 +280,7 @@ static void run_rank(bench_rank *me) {
   rsb_comm_free(lib->comm);
 }
 
-/* ---- The program -------------------------------------------------------------------------------------------------- */
+/* ---- The program ----------------------------------------------------------------------------- */
 
 int main(int argc, char **argv) {
   bench_options opt = bench_parse(argc, argv, "rsb_perf");
@@ -301,6 +322,10 @@ int main(int argc, char **argv) {
       at += (size_t)opt.rounds * (size_t)iters * (size_t)opt.ranks;
     }
     bench_print(&opt, &works[w], mode, series, all.count);
+    printf("  the library's counters, the mean of rank 0's passes:\n");
+    for (size_t note = w * 4; note < w * 4 + 4; note++) {
+      if (*group.notes[note]) puts(group.notes[note]);
+    }
     bench_json_add(&works[w], series, all.count);
   }
   bench_json_close();

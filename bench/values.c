@@ -67,7 +67,7 @@ void bench_fill(void *to, int dtype, int op, int rank, size_t tensor, size_t num
 
 enum { BLOCK = 512 };
 
-/* What all ranks make of `count` elements from `first` on; exact but for AVG's division, which rounds as the library's. */
+/* What all ranks make of `count` elements from `first` on: exact, but for AVG's division, which rounds once. */
 static void expect(double *want, const uint32_t *seeds, int dtype, int op, int ranks, size_t first, size_t count) {
   float all[BLOCK];
   for (size_t i = 0; i < count; i++) all[i] = (float)value_at(seeds[0], first + i, op);

@@ -34,6 +34,8 @@ pub struct Head {
     pub calls: Lone<AtomicU64>,
     /// Not 0 once this rank has freed its comm.
     pub left: Lone<AtomicU32>,
+    /// Not 0 while this rank is in rsb_comm_shrink.
+    pub shrinking: Lone<AtomicU32>,
     /// What this rank says about a failure that it was first to report.
     pub detail: Lone<Detail>,
 }

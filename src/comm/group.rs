@@ -7,7 +7,7 @@
 
 use std::any::Any;
 use std::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::control::{CallRecord, Detail, Head, Layout, Line, CALLS, MESSAGE, NO_SLOT};
@@ -306,6 +306,26 @@ impl Group {
         self.has_left(rank) || keeper::is_gone(&self.head(rank).alive.0)
     }
 
+    /// Says that this rank has come to shrink the group, or has given up.
+    pub fn arrive(&self, yes: bool) {
+        self.own_head()
+            .shrinking
+            .0
+            .store(yes.into(), Ordering::Release);
+        patience::ring(&self.own_head().bell.0);
+    }
+
+    /// Whether `rank` has come to shrink the group.
+    pub fn has_arrived(&self, rank: u32) -> bool {
+        self.head(rank).shrinking.0.load(Ordering::Acquire) != 0
+    }
+
+    /// Sleeps until `rank` rings its bell, at most `slice`.
+    pub fn nap(&self, rank: u32, slice: Duration) {
+        let bell = &self.head(rank).bell.0;
+        patience::futex_wait(bell, bell.load(Ordering::Acquire), slice);
+    }
+
     /// Says that this rank has freed its comm.
     pub fn leave(&self) {
         self.own_head().left.0.store(1, Ordering::Release);
@@ -413,22 +433,31 @@ fn read_detail(detail: &Detail) -> Error {
 }
 
 /// The memory of a group whose ranks are threads.
-struct Threads {
+pub struct Threads {
     ranks: Vec<Mapping>,
     word: AtomicU64,
+    /// The smaller group that survivors form, and what of it is not taken yet.
+    next: Mutex<Option<Reborn>>,
 }
 
-/// The ends of a group of `size` threads.
-pub fn local(size: u32, layout: Layout) -> Result<Vec<Group>> {
+struct Reborn {
+    survivors: Vec<u32>,
+    threads: Arc<Threads>,
+    ends: Vec<Option<Group>>,
+}
+
+/// The ends of a group of `size` threads, and what they share.
+pub fn local(size: u32, layout: Layout) -> Result<(Vec<Group>, Arc<Threads>)> {
     let ranks = (0..size)
         .map(|_| Mapping::anonymous(layout.total))
         .collect::<Result<Vec<_>>>()?;
     for memory in &ranks {
         memory.commit(0, layout.staging_at)?;
     }
-    let memory = std::sync::Arc::new(Threads {
+    let memory = Arc::new(Threads {
         ranks,
         word: AtomicU64::new(0),
+        next: Mutex::new(None),
     });
     let group = |rank: u32| {
         let bases = memory.ranks.iter().map(Mapping::as_ptr).collect();
@@ -447,7 +476,39 @@ pub fn local(size: u32, layout: Layout) -> Result<Vec<Group>> {
             )
         }
     };
-    Ok((0..size).map(group).collect())
+    Ok(((0..size).map(group).collect(), memory))
+}
+
+/// Rank `rank`'s end of the group that `survivors` form: the first of them makes it for all.
+pub fn reborn(
+    threads: &Threads,
+    survivors: &[u32],
+    rank: u32,
+    layout: Layout,
+) -> Result<(Group, Arc<Threads>)> {
+    let mut next = threads.next.lock().unwrap_or_else(PoisonError::into_inner);
+    if next.as_ref().is_none_or(|n| n.survivors != survivors) {
+        let (ends, threads) = local(survivors.len() as u32, layout)?;
+        *next = Some(Reborn {
+            survivors: survivors.to_vec(),
+            threads,
+            ends: ends.into_iter().map(Some).collect(),
+        });
+    }
+    let place = survivors.iter().position(|&r| r == rank);
+    let made = next.as_mut().zip(place);
+    let Some((made, end)) = made.and_then(|(n, p)| n.ends[p].take().map(|end| (n, end))) else {
+        let text = format!("rank {rank} has its end of the smaller comm already");
+        return Err(Error::new(Status::InvalidArgument, text));
+    };
+    if end.layout.geometry != layout.geometry {
+        let text = format!(
+            "staging_bytes differs between the survivors: {} chunks and {}",
+            layout.geometry.chunks, end.layout.geometry.chunks
+        );
+        return Err(Error::new(Status::ConfigMismatch, text));
+    }
+    Ok((end, made.threads.clone()))
 }
 
 /// Checks that the atomics in shared memory are what the layout assumes.

@@ -10,4 +10,5 @@ pub mod patience;
 pub mod rendezvous;
 pub mod rundir;
 pub mod shm;
+pub mod shrink;
 pub mod word;

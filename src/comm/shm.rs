@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::control::{Layout, CALLS};
 use super::group::Group;
@@ -12,13 +12,14 @@ use crate::error::{unsupported, Result};
 /// Changes with every change of what lies where in shared memory, or what it means.
 const PROTOCOL: u64 = 1;
 
-/// Joins the other ranks of `name`, and waits for all of them until the timeout.
+/// Joins the other ranks of `name`, and waits for all of them until the deadline. `more` is compared
+/// between ranks, as the settings of the memory are.
 pub fn join(
     name: &str,
-    rank: u32,
-    size: u32,
+    (rank, size): (u32, u32),
     layout: Layout,
-    timeout: Option<Duration>,
+    deadline: Option<Instant>,
+    more: &[(&'static str, u64)],
 ) -> Result<Group> {
     if cfg!(not(all(
         target_os = "linux",
@@ -29,17 +30,19 @@ pub fn join(
         ));
     }
     let staging = layout.geometry.chunks * layout.geometry.chunk_bytes;
+    let mut settings = vec![
+        ("protocol version", PROTOCOL),
+        ("staging_bytes", staging as u64),
+        ("chunk bytes", layout.geometry.chunk_bytes as u64),
+        ("calls kept", CALLS as u64),
+    ];
+    settings.extend_from_slice(more);
     let joined = rendezvous::join(&Join {
         name,
         rank,
         size,
-        deadline: timeout.and_then(|t| Instant::now().checked_add(t)),
-        settings: &[
-            ("protocol version", PROTOCOL),
-            ("staging_bytes", staging as u64),
-            ("chunk bytes", layout.geometry.chunk_bytes as u64),
-            ("calls kept", CALLS as u64),
-        ],
+        deadline,
+        settings: &settings,
         own_bytes: layout.total,
         own_committed: layout.staging_at,
         group_bytes: 4096,

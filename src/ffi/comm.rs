@@ -355,7 +355,15 @@ pub unsafe extern "C" fn rsb_comm_all_gather(
 /// free their comm while others go on count as lost, too ("left"); freeing when no rank needs
 /// another any more is no error.
 ///
-/// This version returns RSB_ERR_UNSUPPORTED.
+/// Returns RSB_OK, or:
+/// - RSB_ERR_BAD_HANDLE: comm is no live handle.
+/// - RSB_ERR_INVALID_ARGUMENT: comm has not failed with RSB_ERR_PEER_LOST; out_comm is NULL; or a
+///   field of config has a value that is not accepted.
+/// - RSB_ERR_UNSUPPORTED: comm is on a transport, or an unknown flag or field of config is set.
+/// - RSB_ERR_TIMEOUT: a rank that is alive has not come; err->peer names it by its old number.
+/// - RSB_ERR_CONFIG_MISMATCH: the survivors came with different settings.
+/// - RSB_ERR_PEER_LOST: another rank went, and the time is up.
+/// - RSB_ERR_PERMISSION, RSB_ERR_NO_MEMORY, RSB_ERR_TRANSPORT: as for rsb_comm_create_shm.
 #[no_mangle]
 pub unsafe extern "C" fn rsb_comm_shrink(
     comm: *mut rsb_comm,

@@ -16,8 +16,10 @@ use self::ring::Ring;
 use self::work::{Meter, Waited, Work};
 use crate::comm::control::Layout;
 use crate::comm::engine::{Abilities, Engine};
+use crate::comm::group::{self, Group};
+use crate::comm::shm;
+use crate::comm::shrink::{self, Origin};
 use crate::comm::word::MAX_RANKS;
-use crate::comm::{group, shm};
 use crate::dtype::{DType, Op};
 use crate::error::{invalid, unsupported, Error, Result, Status};
 use crate::fingerprint::Call;
@@ -55,6 +57,13 @@ impl Default for Options {
 }
 
 impl Options {
+    fn ring(&self, group: Group, origin: Origin) -> Arc<Endpoint> {
+        endpoint(
+            &self.label,
+            Lanes::Ring(Ring::new(group, self.timeout), origin),
+        )
+    }
+
     fn layout(&self, size: u32) -> Result<Layout> {
         if size == 0 || size > MAX_RANKS {
             return Err(invalid!(
@@ -75,7 +84,7 @@ impl Options {
 }
 
 enum Lanes {
-    Ring(Ring),
+    Ring(Ring, Origin),
     Buckets(Buckets),
 }
 
@@ -99,22 +108,23 @@ impl Endpoint {
     /// `size` ranks as threads of this process.
     pub fn local(size: u32, options: &Options) -> Result<Vec<Arc<Endpoint>>> {
         let layout = options.layout(size)?;
-        let ends = group::local(size, layout)?.into_iter();
-        let ring = |group| Lanes::Ring(Ring::new(group, options.timeout));
-        Ok(ends
-            .map(|group| endpoint(&options.label, ring(group)))
-            .collect())
+        let (ends, threads) = group::local(size, layout)?;
+        let end = |group| options.ring(group, Origin::Local(threads.clone()));
+        Ok(ends.into_iter().map(end).collect())
     }
 
     /// `size` ranks as processes of this host.
     pub fn shm(name: &str, rank: u32, size: u32, options: &Options) -> Result<Arc<Endpoint>> {
         let layout = options.layout(size)?;
         check_rank(rank, size)?;
-        let group = shm::join(name, rank, size, layout, options.timeout)?;
-        Ok(endpoint(
-            &options.label,
-            Lanes::Ring(Ring::new(group, options.timeout)),
-        ))
+        let deadline = options.timeout.and_then(|t| Instant::now().checked_add(t));
+        let group = shm::join(name, (rank, size), layout, deadline, &[])?;
+        let name = name.to_string();
+        let origin = Origin::Shm {
+            name,
+            generation: 0,
+        };
+        Ok(options.ring(group, origin))
     }
 
     /// Rank `rank` of `size` on an engine. On error the engine is not released.
@@ -138,6 +148,25 @@ impl Endpoint {
         Ok(endpoint(&options.label, Lanes::Buckets(lanes)))
     }
 
+    /// This rank's end of the smaller group that the survivors of a lost rank form. Blocks for them.
+    pub fn shrink(&self, options: &Options) -> Result<Arc<Endpoint>> {
+        let Lanes::Ring(ring, origin) = &self.lanes else {
+            return Err(unsupported!(
+                "comm: on a transport; expected a local or shm comm, which alone can shrink"
+            ));
+        };
+        let lost = self.status().err().map(|e| e.status);
+        if lost != Some(Status::PeerLost) {
+            let now = lost.unwrap_or(Status::Ok).name().to_string_lossy();
+            return Err(invalid!(
+                "comm: its status is {now}; expected RSB_ERR_PEER_LOST"
+            ));
+        }
+        let layout = |size| options.layout(size);
+        let formed = shrink::shrink(ring.group(), origin, layout, options.timeout);
+        self.naming(formed.map(|(group, origin)| options.ring(group, origin)))
+    }
+
     /// A number that no other comm of this process has or had.
     pub fn id(&self) -> u64 {
         self.id
@@ -146,7 +175,7 @@ impl Endpoint {
     /// This rank.
     pub fn rank(&self) -> u32 {
         match &self.lanes {
-            Lanes::Ring(ring) => ring.group().rank(),
+            Lanes::Ring(ring, _) => ring.group().rank(),
             Lanes::Buckets(buckets) => buckets.place().0,
         }
     }
@@ -154,7 +183,7 @@ impl Endpoint {
     /// Ranks of the group.
     pub fn size(&self) -> u32 {
         match &self.lanes {
-            Lanes::Ring(ring) => ring.group().size(),
+            Lanes::Ring(ring, _) => ring.group().size(),
             Lanes::Buckets(buckets) => buckets.place().1,
         }
     }
@@ -162,7 +191,7 @@ impl Endpoint {
     /// The sticky first cause.
     pub fn status(&self) -> Result<()> {
         let cause = match &self.lanes {
-            Lanes::Ring(ring) => ring.group().cause(),
+            Lanes::Ring(ring, _) => ring.group().cause(),
             Lanes::Buckets(buckets) => buckets.cause().map(|e| Error::clone(&e)),
         };
         cause.map_or(Ok(()), |e| Err(self.named(e)))
@@ -182,7 +211,7 @@ impl Endpoint {
 
     fn end(&self, cause: Error) {
         match &self.lanes {
-            Lanes::Ring(ring) => ring.group().abort(&cause),
+            Lanes::Ring(ring, _) => ring.group().abort(&cause),
             Lanes::Buckets(buckets) => buckets.abort(cause),
         }
     }
@@ -202,7 +231,7 @@ impl Endpoint {
     /// Bytes of shared staging that this rank has made real.
     pub fn staging(&self) -> u64 {
         match &self.lanes {
-            Lanes::Ring(ring) => ring.committed(),
+            Lanes::Ring(ring, _) => ring.committed(),
             Lanes::Buckets(_) => 0,
         }
     }
@@ -210,7 +239,7 @@ impl Endpoint {
     /// The number that a bucketer gets on its first use of this comm.
     pub fn next_ordinal(&self) -> u32 {
         match &self.lanes {
-            Lanes::Ring(ring) => ring.next_ordinal(),
+            Lanes::Ring(ring, _) => ring.next_ordinal(),
             Lanes::Buckets(buckets) => buckets.next_ordinal(),
         }
     }
@@ -218,7 +247,7 @@ impl Endpoint {
     /// A new lane.
     pub fn open_lane(&self, dtype: DType, op: Op) -> LaneId {
         match &self.lanes {
-            Lanes::Ring(ring) => ring.open_lane(dtype, op),
+            Lanes::Ring(ring, _) => ring.open_lane(dtype, op),
             Lanes::Buckets(buckets) => buckets.open_lane(dtype, op),
         }
     }
@@ -226,7 +255,7 @@ impl Endpoint {
     /// Forgets a lane, what waits in it, and where its results go.
     pub fn close_lane(&self, id: LaneId) {
         match &self.lanes {
-            Lanes::Ring(ring) => ring.close_lane(id),
+            Lanes::Ring(ring, _) => ring.close_lane(id),
             Lanes::Buckets(buckets) => buckets.close_lane(id),
         }
     }
@@ -253,7 +282,7 @@ impl Endpoint {
         // SAFETY: by the promise of this function.
         self.naming(unsafe {
             match &self.lanes {
-                Lanes::Ring(ring) => ring.submit(id, work, meter),
+                Lanes::Ring(ring, _) => ring.submit(id, work, meter),
                 Lanes::Buckets(buckets) => buckets.submit(id, work, pool, meter),
             }
         })
@@ -262,7 +291,7 @@ impl Endpoint {
     /// Takes a launch or flush that finds something open into the sequence.
     pub fn announce(&self, call: &Call, meter: &mut Meter) -> Result<()> {
         self.naming(match &self.lanes {
-            Lanes::Ring(ring) => ring.announce(call, meter),
+            Lanes::Ring(ring, _) => ring.announce(call, meter),
             Lanes::Buckets(buckets) => buckets.announce(call, meter),
         })
     }
@@ -270,7 +299,7 @@ impl Endpoint {
     /// Starts the communication of what a lane holds.
     pub fn launch(&self, id: LaneId, meter: &mut Meter) -> Result<()> {
         self.naming(match &self.lanes {
-            Lanes::Ring(ring) => ring.launch(id, meter),
+            Lanes::Ring(ring, _) => ring.launch(id, meter),
             Lanes::Buckets(buckets) => buckets.launch(id, meter),
         })
     }
@@ -283,7 +312,7 @@ impl Endpoint {
         // SAFETY: by the promise of this function.
         self.naming(unsafe {
             match &self.lanes {
-                Lanes::Ring(ring) => ring.direct(work, meter),
+                Lanes::Ring(ring, _) => ring.direct(work, meter),
                 Lanes::Buckets(buckets) => buckets.direct(work, pool, meter),
             }
         })
@@ -292,7 +321,7 @@ impl Endpoint {
     /// How many ops of a lane are complete; and why no more will be, if so.
     pub fn completed(&self, id: LaneId) -> (u64, Option<Error>) {
         let (count, failure) = match &self.lanes {
-            Lanes::Ring(ring) => ring.completed(id),
+            Lanes::Ring(ring, _) => ring.completed(id),
             Lanes::Buckets(buckets) => buckets.completed(id),
         };
         (count, failure.map(|e| self.named(Error::clone(&e))))
@@ -301,7 +330,7 @@ impl Endpoint {
     /// Carries on what can be carried on now.
     pub fn carry_on(&self, meter: &mut Meter) {
         match &self.lanes {
-            Lanes::Ring(ring) => ring.carry_on(meter),
+            Lanes::Ring(ring, _) => ring.carry_on(meter),
             Lanes::Buckets(buckets) => buckets.carry_on(meter),
         }
     }
@@ -315,7 +344,7 @@ impl Endpoint {
         meter: &mut Meter,
     ) -> Waited {
         match &self.lanes {
-            Lanes::Ring(ring) => ring.wait(id, target, limit, meter),
+            Lanes::Ring(ring, _) => ring.wait(id, target, limit, meter),
             Lanes::Buckets(buckets) => buckets.wait(id, target, limit, meter),
         }
     }
@@ -330,7 +359,7 @@ impl Endpoint {
         // SAFETY: by the promise of this function.
         self.naming(unsafe {
             match &self.lanes {
-                Lanes::Ring(ring) => ring.all_gather(input, output, bytes, &mut meter),
+                Lanes::Ring(ring, _) => ring.all_gather(input, output, bytes, &mut meter),
                 Lanes::Buckets(buckets) => buckets.all_gather(input, output, bytes, &mut meter),
             }
         })

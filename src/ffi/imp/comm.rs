@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::engine::Transport;
 use super::read::{given, overlap, structure, text};
 use super::{answer, guarded, hook_panics, look_up, too_many};
-use crate::error::{invalid, unsupported, Error, Result, Status};
+use crate::error::{invalid, unsupported, Result, Status};
 use crate::ffi::{rsb_comm, rsb_comm_config, rsb_error, rsb_status, rsb_transport, RSB_COMM_EXACT};
 use crate::handle::{Pinned, Table};
 use crate::lane::{Endpoint, Options};
@@ -237,16 +237,19 @@ pub fn poison_after_panic<T>(comm: &Endpoint, result: Result<T>) -> Result<T> {
 
 pub unsafe fn comm_shrink(
     comm: *mut rsb_comm,
-    _config: *const rsb_comm_config,
-    _out_comm: *mut *mut rsb_comm,
+    config: *const rsb_comm_config,
+    out_comm: *mut *mut rsb_comm,
     err: *mut rsb_error,
 ) -> rsb_status {
-    let shrink = || -> Result<()> {
-        comm_of(comm)?;
-        Err(Error::new(
-            Status::Unsupported,
-            "rsb_comm_shrink: not in this version",
-        ))
+    let shrink = || {
+        let comm = comm_of(comm)?;
+        given(out_comm, "out_comm")?;
+        // SAFETY: the caller keeps the rules of the header.
+        let options = unsafe { options(config)? };
+        let handle = insert(comm.shrink(&options)?)?;
+        // SAFETY: there is room for a handle.
+        unsafe { out_comm.write(handle) };
+        Ok(())
     };
     // SAFETY: err is NULL or may be written.
     unsafe { answer(guarded(shrink), err) }

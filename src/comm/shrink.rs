@@ -1,0 +1,131 @@
+//! How the survivors of a lost rank agree on who they are, and meet again in a smaller group.
+//!
+//! Every rank says in its own control memory that it has come. Once each rank has come or is gone
+//! (which its liveness word tells reliably), those that have come and are not gone are the survivors. A
+//! rank that dies right then makes ranks differ for a moment: they find out when they meet, since the
+//! set of survivors is compared like any setting, and look again.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::control::Layout;
+use super::group::{self, Group, Threads};
+use super::patience::Patience;
+use super::shm;
+use crate::error::{Error, Result, Status};
+
+/// One attempt to meet: long enough for a crowded machine, short enough to look again who is left.
+const ATTEMPT: Duration = Duration::from_millis(500);
+/// Attempts that may end in a difference of settings while the survivors stay the same.
+const DIFFERENCES: u32 = 8;
+
+/// Where a group came from, for forming a smaller one.
+#[derive(Clone)]
+pub enum Origin {
+    /// Threads that share this.
+    Local(Arc<Threads>),
+    /// Processes that met under this name, and how often their group has shrunk.
+    Shm {
+        /// The job's name.
+        name: String,
+        /// 0 for the group that was created.
+        generation: u32,
+    },
+}
+
+/// The smaller group of all survivors, and where it came from.
+pub fn shrink(
+    group: &Group,
+    origin: &Origin,
+    layout: impl Fn(u32) -> Result<Layout>,
+    timeout: Option<Duration>,
+) -> Result<(Group, Origin)> {
+    let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
+    let mut before = Vec::new();
+    let mut differences = 0;
+    group.arrive(true);
+    let result = loop {
+        let survivors = match survivors(group, deadline) {
+            Ok(survivors) => survivors,
+            Err(e) => break Err(e),
+        };
+        let layout = match layout(survivors.len() as u32) {
+            Ok(layout) => layout,
+            Err(e) => break Err(e),
+        };
+        let formed = match origin {
+            Origin::Local(threads) => group::reborn(threads, &survivors, group.rank(), layout)
+                .map(|(end, threads)| (end, Origin::Local(threads))),
+            Origin::Shm { name, generation } => {
+                meet(group, name, generation + 1, &survivors, layout, deadline)
+            }
+        };
+        let Err(e) = formed else { break formed };
+        let late = deadline.is_some_and(|d| Instant::now() >= d);
+        differences = if survivors == before {
+            differences + 1
+        } else {
+            0
+        };
+        let again = match e.status {
+            Status::PeerLost | Status::Timeout => true,
+            Status::ConfigMismatch => differences < DIFFERENCES,
+            _ => false,
+        };
+        if late || !again {
+            break Err(e);
+        }
+        before = survivors;
+    };
+    if result.is_err() {
+        group.arrive(false);
+    }
+    result
+}
+
+/// Waits until every rank has come to shrink or is gone: those that have come.
+fn survivors(group: &Group, deadline: Option<Instant>) -> Result<Vec<u32>> {
+    let gone = |r: u32| group.is_gone(r).is_some();
+    let mut patience = Patience::new(group.spin());
+    loop {
+        let here = |r: u32| group.has_arrived(r) || gone(r);
+        let Some(rank) = (0..group.size()).find(|&r| !here(r)) else {
+            return Ok((0..group.size()).filter(|&r| !gone(r)).collect());
+        };
+        if deadline.is_some_and(|d| Instant::now() >= d) {
+            let text = format!("rank {rank} is alive and has not come to rsb_comm_shrink");
+            return Err(Error::new(Status::Timeout, text).blame(rank));
+        }
+        patience.pause(|| here(rank), |slice| group.nap(rank, slice));
+    }
+}
+
+/// Meets the other survivors as processes.
+fn meet(
+    group: &Group,
+    name: &str,
+    generation: u32,
+    survivors: &[u32],
+    layout: Layout,
+    deadline: Option<Instant>,
+) -> Result<(Group, Origin)> {
+    // A job's name may have any length up to the longest: its place is taken by a number of it.
+    let fold = |n: u64, b: u8| (n ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3);
+    let hash = |bytes: &[u8]| bytes.iter().fold(0xcbf2_9ce4_8422_2325, |n, &b| fold(n, b));
+    let place = format!("shrunk-{:016x}.{generation}", hash(name.as_bytes()));
+    let ranks: Vec<u8> = survivors.iter().flat_map(|r| r.to_ne_bytes()).collect();
+    let rank = survivors
+        .iter()
+        .position(|&r| r == group.rank())
+        .unwrap_or(0) as u32;
+    let soon = Instant::now() + ATTEMPT;
+    let end = shm::join(
+        &place,
+        (rank, survivors.len() as u32),
+        layout,
+        Some(deadline.map_or(soon, |d| d.min(soon))),
+        &[("survivors", hash(&ranks))],
+    )?;
+    let name = name.to_string();
+    Ok((end, Origin::Shm { name, generation }))
+}
