@@ -99,7 +99,8 @@ static void note_counters(const bench_rank *me, const char *label, const rsb_sta
                           char *note) {
   double passes = (double)(after->ops_submitted - before->ops_submitted) / (double)me->work->count / me->work->calls;
   double to_unit = me->work->calls > 1 ? 1e-3 / me->work->calls / passes : 1e-6 / passes;
-  snprintf(note, BENCH_NOTE, "    %s: packing %.3f, reducing %.3f, waiting %.3f, callbacks %.3f; %.4g MiB copied", label,
+  snprintf(note, BENCH_NOTE,
+           "    %s: packing %.3f, reducing %.3f, waiting %.3f, callbacks %.3f; %.4g MiB copied", label,
            (double)(after->pack_ns - before->pack_ns) * to_unit,
            (double)(after->reduce_ns - before->reduce_ns) * to_unit,
            (double)(after->wait_ns - before->wait_ns) * to_unit,

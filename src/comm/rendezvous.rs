@@ -20,8 +20,10 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::mapping::Mapping;
@@ -54,7 +56,8 @@ pub struct Join<'a> {
     /// How much of it, from its beginning, is committed before anybody sees it. If any is, the first
     /// word is this process's liveness word.
     pub own_committed: usize,
-    /// The size of the one region that all ranks may write: a function of the settings.
+    /// The size of the one region that all ranks may write: a function of the settings. Its last 64
+    /// bytes are the rendezvous's own.
     pub group_bytes: usize,
 }
 
@@ -180,8 +183,27 @@ impl<'a> Guest<'a> {
     }
 
     /// One conversation with rank 0; none: it did not let this rank in, and said nothing.
+    ///
+    /// Rank 0 may die between two words of farewell. What it has decided is in the group's memory, so
+    /// that nobody starts with a group that others have given up.
     fn talk(
         mut self,
+        token: &[u8],
+        own: std::result::Result<&File, &Error>,
+    ) -> Result<Option<Met>> {
+        let heard = self.converse(token, own);
+        let whole = self.join.size as usize + 1;
+        match (heard, self.mapped.len() == whole) {
+            (Err(cause), true) => match self.mapped.pop() {
+                Some(Some(group)) if !decide(&group, false) => Ok(Some((self.mapped, group))),
+                _ => Err(cause),
+            },
+            (heard, _) => heard,
+        }
+    }
+
+    fn converse(
+        &mut self,
         token: &[u8],
         own: std::result::Result<&File, &Error>,
     ) -> Result<Option<Met>> {
@@ -226,7 +248,7 @@ impl<'a> Guest<'a> {
                 }
                 Some((Message::Go, _)) if self.mapped.len() == whole => {
                     if let Some(Some(group)) = self.mapped.pop() {
-                        return Ok(Some((self.mapped, group)));
+                        return Ok(Some((mem::take(&mut self.mapped), group)));
                     }
                 }
                 Some(_) => return Err(self.nonsense()),
@@ -291,6 +313,18 @@ impl<'a> Guest<'a> {
         let text = format!("job {}: rank 0 says what no rank says", self.join.name);
         Error::new(Status::Transport, text).blame(0)
     }
+}
+
+/// Decides whether the group is formed, for all ranks and once: at the end of the group's memory.
+/// Whether it is as this rank would have it.
+fn decide(group: &Mapping, formed: bool) -> bool {
+    const UNDECIDED: u32 = 0;
+    let wanted = if formed { 1 } else { 2 };
+    let at = group.len() - 64;
+    // SAFETY: the last line of the group's pages, which is used for this alone and by atomics only.
+    let word = unsafe { &*group.as_ptr().add(at).cast::<AtomicU32>() };
+    let swap = word.compare_exchange(UNDECIDED, wanted, Ordering::AcqRel, Ordering::Acquire);
+    swap.map_or_else(|seen| seen == wanted, |_| true)
 }
 
 fn map_peer(join: &Join, rank: u32, file: &File) -> Result<Mapping> {

@@ -2,8 +2,8 @@
 //!
 //! Every rank says in its own control memory that it has come. Once each rank has come or is gone
 //! (which its liveness word tells reliably), those that have come and are not gone are the survivors. A
-//! rank that dies right then makes ranks differ for a moment: they find out when they meet, since the
-//! set of survivors is compared like any setting, and look again.
+//! rank that dies right then makes ranks differ for a moment: they look for each other in vain, since
+//! the survivors are part of the meeting place's name, and look again who is left.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,8 +16,6 @@ use crate::error::{Error, Result, Status};
 
 /// One attempt to meet: long enough for a crowded machine, short enough to look again who is left.
 const ATTEMPT: Duration = Duration::from_millis(500);
-/// Attempts that may end in a difference of settings while the survivors stay the same.
-const DIFFERENCES: u32 = 8;
 
 /// Where a group came from, for forming a smaller one.
 #[derive(Clone)]
@@ -41,8 +39,6 @@ pub fn shrink(
     timeout: Option<Duration>,
 ) -> Result<(Group, Origin)> {
     let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
-    let mut before = Vec::new();
-    let mut differences = 0;
     group.arrive(true);
     let result = loop {
         let survivors = match survivors(group, deadline) {
@@ -62,20 +58,9 @@ pub fn shrink(
         };
         let Err(e) = formed else { break formed };
         let late = deadline.is_some_and(|d| Instant::now() >= d);
-        differences = if survivors == before {
-            differences + 1
-        } else {
-            0
-        };
-        let again = match e.status {
-            Status::PeerLost | Status::Timeout => true,
-            Status::ConfigMismatch => differences < DIFFERENCES,
-            _ => false,
-        };
-        if late || !again {
+        if late || !matches!(e.status, Status::PeerLost | Status::Timeout) {
             break Err(e);
         }
-        before = survivors;
     };
     if result.is_err() {
         group.arrive(false);
@@ -112,8 +97,9 @@ fn meet(
     // A job's name may have any length up to the longest: its place is taken by a number of it.
     let fold = |n: u64, b: u8| (n ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3);
     let hash = |bytes: &[u8]| bytes.iter().fold(0xcbf2_9ce4_8422_2325, |n, &b| fold(n, b));
-    let place = format!("shrunk-{:016x}.{generation}", hash(name.as_bytes()));
     let ranks: Vec<u8> = survivors.iter().flat_map(|r| r.to_ne_bytes()).collect();
+    let (job, who) = (hash(name.as_bytes()), hash(&ranks));
+    let place = format!("shrunk-{job:016x}.{generation}.{who:016x}");
     let rank = survivors
         .iter()
         .position(|&r| r == group.rank())
@@ -124,7 +110,7 @@ fn meet(
         (rank, survivors.len() as u32),
         layout,
         Some(deadline.map_or(soon, |d| d.min(soon))),
-        &[("survivors", hash(&ranks))],
+        &[],
     )?;
     let name = name.to_string();
     Ok((end, Origin::Shm { name, generation }))

@@ -44,6 +44,7 @@ impl<'a> Door<'a> {
                 &e,
             )
         };
+        sweep(dir);
         match Socket::connect(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
@@ -72,6 +73,22 @@ impl Drop for Door<'_> {
         let path = self.dir.path_to(&self.file);
         if self.identity.is_some() && self.identity == identity(&path) {
             // Nobody can be told if it fails; the next job of this name replaces the file.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Removes what rank 0s left that were killed while their ranks met. The directory is locked.
+fn sweep(dir: &RunDir) {
+    let boot = file_of("");
+    let entries = fs::read_dir(dir.path_to("."))
+        .into_iter()
+        .flatten()
+        .flatten();
+    for entry in entries.filter(|e| e.file_name().to_string_lossy().ends_with(&boot)) {
+        let path = dir.path_to(&entry.file_name().to_string_lossy());
+        if Socket::connect(&path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
+            // Whoever comes next tries again.
             let _ = fs::remove_file(path);
         }
     }

@@ -17,7 +17,7 @@ use super::super::rundir::{self, RunDir};
 use super::door::Door;
 use super::socket::{wait, Socket, MOST_DESCRIPTORS};
 use super::wire::{Hello, Message, VERSION};
-use super::{crowded, ended, failed, map_peer, memfd, past, status_of, Join, Joined};
+use super::{crowded, decide, ended, failed, map_peer, memfd, past, status_of, Join, Joined};
 use crate::error::{Error, Result, Status};
 
 /// How many connections without a hello are kept.
@@ -39,6 +39,15 @@ pub fn host(join: &Join, dir: &RunDir, token: &[u8]) -> Result<Joined> {
     host.files[0] = Some(own_file);
     host.files[join.size as usize] = Some(group_file);
     let peers = host.meet(&door)?;
+    if !decide(&group, true) {
+        // Somebody has given up in the meantime, and the group is not to be.
+        let text = format!(
+            "job {}: a rank gave up while the group was forming",
+            join.name
+        );
+        host.fail(Error::new(Status::PeerLost, text));
+        return host.meet(&door).and_then(|_| Err(host.timeout()));
+    }
     // Before anybody can leave, and come back for the next job of this name.
     drop(door);
     for member in host.members.iter().flatten() {
