@@ -130,7 +130,7 @@ void bench_json_open(const bench_options *opt, const char *program, const char *
 
 static void json_numbers(const char *name, const double *values, int count) {
   fprintf(json, ", \"%s\": [", name);
-  for (int i = 0; i < count; i++) fprintf(json, "%s%.6g", i ? ", " : "", values[i]);
+  for (int i = 0; i < count; i++) fprintf(json, "%s%.4g", i ? "," : "", values[i]);
   fputc(']', json);
 }
 

@@ -25,7 +25,7 @@ pub enum DType {
 }
 
 impl DType {
-    /// Every element type, by number.
+    /// Every element type, by number, which begins at 1.
     pub const ALL: [DType; 8] = [
         DType::F32,
         DType::F64,
@@ -39,7 +39,7 @@ impl DType {
 
     /// The element type with this number, as C gives it.
     pub fn from_code(code: u32) -> Option<DType> {
-        DType::ALL.into_iter().find(|d| *d as u32 == code)
+        DType::ALL.get((code as usize).wrapping_sub(1)).copied()
     }
 
     /// Bytes of one element.
@@ -89,12 +89,12 @@ pub enum Op {
 }
 
 impl Op {
-    /// Every operation, by number.
+    /// Every operation, by number, which begins at 1.
     pub const ALL: [Op; 5] = [Op::Sum, Op::Avg, Op::Min, Op::Max, Op::Prod];
 
     /// The operation with this number, as C gives it.
     pub fn from_code(code: u32) -> Option<Op> {
-        Op::ALL.into_iter().find(|o| *o as u32 == code)
+        Op::ALL.get((code as usize).wrapping_sub(1)).copied()
     }
 
     /// Its name in messages.

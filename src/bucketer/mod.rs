@@ -13,7 +13,7 @@ mod turn;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -91,6 +91,8 @@ pub struct Bucketer<C> {
     /// Held by the call that runs callbacks; and which thread that is.
     turn: Mutex<()>,
     runner: AtomicUsize,
+    /// Whether a callback has submitted direct ops, whose callbacks come right after it.
+    is_due: AtomicBool,
     queue: Mutex<Queue<C>>,
     counters: Counters,
 }
@@ -119,6 +121,7 @@ impl<C: Copy + Send> Bucketer<C> {
             pool,
             turn: Mutex::new(()),
             runner: AtomicUsize::new(0),
+            is_due: AtomicBool::new(false),
             counters: Counters::default(),
         })
     }
@@ -248,6 +251,7 @@ impl<C: Copy + Send> Bucketer<C> {
                 capacity: self
                     .bucket_bytes
                     .map(|b| bucket_capacity(b, comm.size(), dtype.size())),
+                ordinal: q.ordinal(comm.id()),
                 taken: 0,
                 open: None,
                 closed: false,
@@ -258,16 +262,16 @@ impl<C: Copy + Send> Bucketer<C> {
         index
     }
 
-    fn call(&self, q: &Queue<C>, comm: &Endpoint, kind: CallKind) -> Call {
-        let known = q.uses.iter().find(|u| u.comm_id == comm.id());
-        let ordinal = known.map_or_else(|| comm.next_ordinal(), |u| u.ordinal);
+    fn call(&self, ordinal: u32, kind: CallKind) -> Call {
         Call::bare(kind, ordinal, self.bucket_bytes.unwrap_or(u64::MAX), 0)
     }
 
     /// The op for the lanes, with memory for its result.
+    #[inline]
     fn prepare(
         &self,
         q: &mut Queue<C>,
+        index: usize,
         comm: &Endpoint,
         ask: &Ask<C>,
     ) -> Result<(Work, Pending<C>)> {
@@ -284,13 +288,16 @@ impl<C: Copy + Send> Bucketer<C> {
             block = Some(q.cache.take(ask.numel * ask.finish.output.size())?);
         }
         let output = block.map_or(ask.output, |b| b.ptr);
+        let ordinal = q.lanes[index]
+            .ordinal
+            .unwrap_or_else(|| comm.next_ordinal());
         let call = Call {
             flat,
             types: Some((ask.dtype, ask.op)),
             tag: ask.tag,
             numel: numel as u64,
             scale: ask.finish.scale,
-            ..self.call(q, comm, CallKind::Submit)
+            ..self.call(ordinal, CallKind::Submit)
         };
         let work = Work {
             rows: ask.rows,
@@ -318,15 +325,11 @@ impl<C: Copy + Send> Bucketer<C> {
     }
 
     /// Counts an accepted op.
-    fn count(&self, q: &mut Queue<C>, comm: &Arc<Endpoint>, work: &Work) {
+    #[inline]
+    fn count(&self, q: &mut Queue<C>, index: usize, work: &Work) {
         q.tickets += 1;
-        if !q.uses.iter().any(|u| u.comm_id == comm.id()) {
-            q.uses.push(Use {
-                comm: Arc::downgrade(comm),
-                comm_id: comm.id(),
-                ordinal: work.call.ordinal,
-                staging: 0,
-            });
+        if q.lanes[index].ordinal.is_none() {
+            self.first_use(q, index, work.call.ordinal);
         }
         let element = work.dtype.size() as u64;
         let all = work.numel as u64 * u64::from(work.size) * element;
@@ -335,9 +338,23 @@ impl<C: Copy + Send> Bucketer<C> {
         } else {
             all
         };
-        self.counters.ops_submitted.add(1);
         self.counters.payload_bytes.add(real);
         self.counters.padding_bytes.add(all - real);
+    }
+
+    /// Notes the number that the bucketer has got on a comm.
+    #[cold]
+    fn first_use(&self, q: &mut Queue<C>, index: usize, ordinal: u32) {
+        let (comm, comm_id) = (q.lanes[index].comm.clone(), q.lanes[index].comm_id);
+        for lane in q.lanes.iter_mut().filter(|l| l.comm_id == comm_id) {
+            lane.ordinal = Some(ordinal);
+        }
+        q.uses.push(Use {
+            comm,
+            comm_id,
+            ordinal,
+            staging: 0,
+        });
     }
 
     /// Notes how much staging a comm has by now.
@@ -353,14 +370,15 @@ impl<C: Copy + Send> Bucketer<C> {
     ///
     /// # Safety
     /// As for `submit`.
+    #[inline]
     unsafe fn gather(
         &self,
         q: &mut Queue<C>,
         index: usize,
-        comm: &Arc<Endpoint>,
+        comm: &Endpoint,
         ask: &Ask<C>,
     ) -> Result<u64> {
-        let (work, pending) = self.prepare(q, comm, ask)?;
+        let (work, pending) = self.prepare(q, index, comm, ask)?;
         let mut meter = Meter::default();
         let rare = q.tickets.is_multiple_of(SAMPLE);
         let start = (rare || work.bytes() >= TIMED).then(Instant::now);
@@ -377,25 +395,66 @@ impl<C: Copy + Send> Bucketer<C> {
             pending.block.into_iter().for_each(|b| q.cache.put(b));
             return Err(self.refused(q, e));
         }
-        self.count(q, comm, &work);
+        self.count(q, index, &work);
         self.counters.ops_bucketed.add(1);
         let ticket = pending.ticket;
-        q.lanes[index].taken += 1;
+        let lane = &mut q.lanes[index];
+        lane.taken += 1;
+        if let Some(open) = &mut lane.open {
+            open.used += work.numel;
+            open.ops.push_back(pending);
+        }
+        Ok(ticket)
+    }
+
+    /// As [`Bucketer::gather`], into a bucket that is opened for it if need be.
+    ///
+    /// # Safety
+    /// As for `submit`.
+    unsafe fn gather_first(
+        &self,
+        q: &mut Queue<C>,
+        index: usize,
+        comm: &Arc<Endpoint>,
+        ask: &Ask<C>,
+    ) -> Result<u64> {
         if q.lanes[index].open.is_none() {
-            q.orders += 1;
             let open = Open {
                 comm: comm.clone(),
-                order: q.orders,
+                order: q.orders + 1,
                 used: 0,
                 ops: q.spare.pop().unwrap_or_default(),
             };
             q.lanes[index].open = Some(open);
         }
-        if let Some(open) = &mut q.lanes[index].open {
-            open.used += work.numel;
-            open.ops.push_back(pending);
+        // SAFETY: by the promise of this function.
+        let taken = unsafe { self.gather(q, index, comm, ask) };
+        let open = &mut q.lanes[index].open;
+        match open.as_ref().map_or(0, |o| o.ops.len()) {
+            0 => *open = None,
+            1 => q.orders += 1,
+            _ => {}
         }
-        Ok(ticket)
+        taken
+    }
+
+    /// The common case of a submit: the op fits into the open bucket of the lane that was used last,
+    /// with room to spare, so that nothing else has to happen. None: it is not that case.
+    ///
+    /// # Safety
+    /// As for `submit`.
+    #[inline]
+    pub unsafe fn submit_fitting(&self, comm: &Endpoint, ask: &Ask<C>) -> Option<Result<u64>> {
+        let mut q = self.lock();
+        let index = q.recent;
+        let lane = q.lanes.get(index)?;
+        let same = lane.comm_id == comm.id() && lane.dtype == ask.dtype && lane.op == ask.op;
+        let left = lane.capacity? - lane.open.as_ref()?.used;
+        if !same || ask.numel >= left || q.closing {
+            return None;
+        }
+        // SAFETY: by the promise of this function.
+        Some(unsafe { self.gather(&mut q, index, comm, ask) })
     }
 
     /// Carries out an op that is larger than a bucket; it is in `flights`, or `due`, afterwards.
@@ -405,11 +464,12 @@ impl<C: Copy + Send> Bucketer<C> {
     unsafe fn direct(
         &self,
         q: &mut Queue<C>,
+        index: usize,
         comm: &Arc<Endpoint>,
         ask: &Ask<C>,
         nested: bool,
     ) -> Result<u64> {
-        let (work, pending) = self.prepare(q, comm, ask)?;
+        let (work, pending) = self.prepare(q, index, comm, ask)?;
         let mut meter = Meter::default();
         // SAFETY: by the promise of this function.
         let done = unsafe { comm.direct(&work, &self.pool, &mut meter) };
@@ -418,7 +478,7 @@ impl<C: Copy + Send> Bucketer<C> {
             pending.block.into_iter().for_each(|b| q.cache.put(b));
             return Err(self.refused(q, e));
         }
-        self.count(q, comm, &work);
+        self.count(q, index, &work);
         self.counters.ops_direct.add(1);
         self.counters.collectives_launched.add(1);
         self.measure(q, comm);
@@ -439,6 +499,7 @@ impl<C: Copy + Send> Bucketer<C> {
         };
         if nested {
             q.due.push_back(flight);
+            self.is_due.store(true, Ordering::Relaxed);
         } else {
             q.flights.push_back(flight);
         }
@@ -524,6 +585,7 @@ impl<C: Copy + Send> Bucketer<C> {
 
     /// Hands out the next direct op that a callback submitted.
     fn hand_out_due(&self, q: &mut Queue<C>) -> Option<(Completion<C>, Option<Block>)> {
+        self.is_due.store(q.due.len() > 1, Ordering::Relaxed);
         let mut flight = q.due.pop_front()?;
         let (op, error) = Self::take_op(&mut flight)?;
         q.spare.push(flight.ops);
@@ -547,9 +609,8 @@ impl<C: Copy + Send> Bucketer<C> {
     ) -> (Completion<C>, Option<Block>) {
         let (mut data, mut block) = (op.data, op.block);
         match &error {
-            None => self.counters.ops_completed.add(1),
+            None => {}
             Some(e) => {
-                self.counters.ops_failed.add(1);
                 if e.status != Status::Cancelled {
                     q.note(e);
                 }

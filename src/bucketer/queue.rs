@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 
+use super::Completion;
 use crate::dtype::{DType, Op};
 use crate::error::Error;
 use crate::lane::{Endpoint, LaneId};
@@ -45,6 +46,8 @@ pub struct Lane<C> {
     pub op: Op,
     /// Elements of each rank's part that a bucket takes; none: no bucketing.
     pub capacity: Option<usize>,
+    /// The bucketer's number on the comm; none before its first op there.
+    pub ordinal: Option<u32>,
     /// Ops that this lane has taken.
     pub taken: u64,
     pub open: Option<Open<C>>,
@@ -100,6 +103,8 @@ pub struct Queue<C> {
     pub flights: VecDeque<Flight<C>>,
     /// Direct ops that a callback submitted: theirs run right after the running one.
     pub due: VecDeque<Flight<C>>,
+    /// Ops that a call took out to hand them back, and did not come to, because a callback threw.
+    pub owed: VecDeque<(Completion<C>, Option<Block>)>,
     /// Ops that failed since the last flush, for `wait`.
     pub failed: Vec<(u64, Arc<Error>)>,
     /// The first failure since the last flush.
@@ -123,12 +128,21 @@ impl<C> Queue<C> {
             recent: 0,
             flights: VecDeque::new(),
             due: VecDeque::new(),
+            owed: VecDeque::new(),
             failed: Vec::new(),
             first_failure: None,
             cache,
             closing: false,
             spare: Vec::new(),
         }
+    }
+
+    /// The bucketer's number on a comm it has used.
+    pub fn ordinal(&self, comm_id: u64) -> Option<u32> {
+        self.uses
+            .iter()
+            .find(|u| u.comm_id == comm_id)
+            .map(|u| u.ordinal)
     }
 
     /// Buckets of a comm in flight.
@@ -159,6 +173,7 @@ impl<C> Queue<C> {
     pub fn is_idle(&self) -> bool {
         self.flights.is_empty()
             && self.due.is_empty()
+            && self.owed.is_empty()
             && self.lanes.iter().all(|l| l.open.is_none())
     }
 

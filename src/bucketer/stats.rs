@@ -15,6 +15,12 @@ impl Counter {
         self.0.store(self.get().wrapping_add(n), Ordering::Relaxed);
     }
 
+    /// Adds one, from any thread.
+    #[inline]
+    pub fn count(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Raises it to `n` if it is less.
     pub fn raise(&self, n: u64) {
         self.0.fetch_max(n, Ordering::Relaxed);
@@ -31,7 +37,6 @@ impl Counter {
 #[derive(Default)]
 #[allow(missing_docs)]
 pub struct Counters {
-    pub ops_submitted: Counter,
     pub ops_completed: Counter,
     pub ops_failed: Counter,
     pub ops_bucketed: Counter,
@@ -50,6 +55,11 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Ops that were accepted.
+    pub fn ops_submitted(&self) -> u64 {
+        self.ops_bucketed.get() + self.ops_direct.get()
+    }
+
     /// Takes in what a call on a comm cost.
     pub fn meter(&self, meter: &Meter) {
         self.copied_bytes.add(meter.copied);

@@ -294,7 +294,7 @@ fn run(size: u32, bucket_bytes: Option<u64>, staging_bytes: usize, steps: &[Step
             }
         }
         let stats = bucketer.stats().0;
-        let (all, done) = (stats.ops_submitted.get(), stats.ops_completed.get());
+        let (all, done) = (stats.ops_submitted(), stats.ops_completed.get());
         if all != rank.sent.len() as u64 || done != all {
             rank.trouble
                 .push(format!("{all} ops counted, {done} complete"));

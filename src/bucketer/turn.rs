@@ -4,6 +4,7 @@
 //! The caller runs the callback between two steps, with no lock held. Should it never come back (a C++
 //! exception), dropping the turn settles what was handed out; everything else is still in the queue.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -65,13 +66,21 @@ pub struct Turn<'a, C: Copy + Send> {
     /// Callbacks run under this; none: nobody needs one, or the call is made by a callback.
     guard: Option<MutexGuard<'a, ()>>,
     nested: bool,
-    handed: Option<(Option<Block>, u64)>,
+    /// Taken out together, to be handed out one by one.
+    batch: VecDeque<(Completion<C>, Option<Block>)>,
+    /// Handed out; their memory goes back with the next look at the queue.
+    handed: Vec<(Block, u64)>,
     since: Option<Instant>,
     count: u64,
 }
 
+/// How many ops are taken out of the queue at a time.
+const BATCH: usize = 32;
+
 /// What a step found.
 enum Step<C> {
+    /// Ops to hand out are in the batch.
+    Batch,
     /// An op to hand out.
     Op(Completion<C>, Option<Block>),
     /// Look again.
@@ -98,7 +107,8 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             nested,
             result: Ok(()),
             guard: None,
-            handed: None,
+            batch: VecDeque::new(),
+            handed: Vec::new(),
             since: None,
             count: 0,
             plan,
@@ -125,33 +135,49 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
     /// The pointers that the call was given are as the contract's rule 6 says.
     pub unsafe fn step(&mut self) -> Option<Completion<C>> {
         let bucketer = self.bucketer;
+        if self.batch.is_empty() || bucketer.is_due.load(Ordering::Relaxed) {
+            // SAFETY: by the promise of this function.
+            unsafe { self.look() };
+        }
+        let Some((op, block)) = self.batch.pop_front() else {
+            if let Some(start) = self.since.take() {
+                let spent = start.elapsed().as_nanos() as u64;
+                bucketer.counters.callback_ns.add(spent);
+            }
+            return None;
+        };
+        self.handed.extend(block.map(|block| (block, op.shard)));
+        self.count += 1;
+        self.since.get_or_insert_with(Instant::now);
+        match op.error {
+            None => bucketer.counters.ops_completed.count(),
+            Some(_) => bucketer.counters.ops_failed.count(),
+        }
+        Some(op)
+    }
+
+    /// Looks at the queue: what comes next is at the front of the batch then, unless the call is over.
+    ///
+    /// # Safety
+    /// As for `step`.
+    unsafe fn look(&mut self) {
+        let bucketer = self.bucketer;
         let mut q = bucketer.lock();
         self.settle(&mut q);
         loop {
             // SAFETY: by the promise of this function.
-            let step = unsafe { self.advance(&mut q) };
-            match step {
+            match unsafe { self.advance(&mut q) } {
                 Step::Op(op, block) => {
-                    self.handed = Some((block, op.shard));
-                    self.count += 1;
-                    self.since.get_or_insert_with(Instant::now);
-                    return Some(op);
+                    self.batch.push_front((op, block));
+                    return;
                 }
+                Step::Batch | Step::Done => return,
                 Step::Again => {}
                 Step::NeedsTurn => {
                     // The turn comes before the queue's lock.
                     drop(q);
                     self.take_turn();
                     q = bucketer.lock();
-                }
-                Step::Done => {
-                    if let Some(start) = self.since.take() {
-                        bucketer
-                            .counters
-                            .callback_ns
-                            .add(start.elapsed().as_nanos() as u64);
-                    }
-                    return None;
                 }
             }
         }
@@ -172,9 +198,25 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
     }
 
     fn settle(&mut self, q: &mut Queue<C>) {
-        if let Some((Some(block), shard)) = self.handed.take() {
+        for (block, shard) in self.handed.drain(..) {
             q.cache.settle(block, shard);
         }
+    }
+
+    /// Takes ops out of flight `index`, which is over as far as those, up to number `upto` of its lane.
+    fn take_out(&mut self, q: &mut Queue<C>, index: usize, upto: u64) -> Step<C> {
+        let room = BATCH.min(upto.saturating_sub(q.flights[index].first) as usize);
+        for _ in 0..room.max(1) {
+            let last = q.flights[index].ops.len() <= 1;
+            let Some(op) = self.bucketer.hand_out(q, index) else {
+                return Step::Again;
+            };
+            self.batch.push_back(op);
+            if last {
+                break;
+            }
+        }
+        Step::Batch
     }
 
     /// # Safety
@@ -183,6 +225,12 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
         // What a callback did at once comes right after that callback.
         if self.guard.is_some() {
             if let Some((op, block)) = self.bucketer.hand_out_due(q) {
+                return Step::Op(op, block);
+            }
+            if !self.batch.is_empty() {
+                return Step::Batch;
+            }
+            if let Some((op, block)) = q.owed.pop_front() {
                 return Step::Op(op, block);
             }
         }
@@ -213,7 +261,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
     }
 
     /// The next op of the oldest flight, of one comm or of all; none: nothing is in flight. Waits.
-    fn oldest_op(&self, q: &mut Queue<C>, comm: Option<u64>) -> Option<Step<C>> {
+    fn oldest_op(&mut self, q: &mut Queue<C>, comm: Option<u64>) -> Option<Step<C>> {
         let index = match comm {
             Some(id) => q.oldest(id)?,
             None if q.flights.is_empty() => return None,
@@ -221,14 +269,11 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
         };
         let end = q.flights[index].end;
         self.bucketer.complete(q, index, end, None);
-        Some(match self.bucketer.hand_out(q, index) {
-            Some((op, block)) => Step::Op(op, block),
-            None => Step::Again,
-        })
+        Some(self.take_out(q, index, end))
     }
 
     /// Room for one more bucket of a comm in flight; or the step that makes it.
-    fn make_room(&self, q: &mut Queue<C>, comm: u64) -> Option<Step<C>> {
+    fn make_room(&mut self, q: &mut Queue<C>, comm: u64) -> Option<Step<C>> {
         if q.in_flight(comm) < IN_FLIGHT {
             return None;
         }
@@ -252,19 +297,20 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
         let Plan::Submit { comm, ask, ticket } = &self.plan else {
             return Step::Done;
         };
-        if *ticket != 0 {
+        let (comm, ask, accepted) = (comm.clone(), *ask, *ticket != 0);
+        if accepted {
             // A direct op: the buckets launched before it on its comm, then its own callback.
             let direct = |q: &Queue<C>| {
-                q.flights
-                    .iter()
-                    .any(|f| f.direct && f.comm.id() == comm.id())
+                let mut flights = q.flights.iter();
+                flights.any(|f| f.direct && f.comm.id() == comm.id())
             };
-            let owed = self.guard.is_some() && direct(q);
-            let step = owed.then(|| self.oldest_op(q, Some(comm.id()))).flatten();
-            return step.unwrap_or(Step::Done);
+            if self.guard.is_none() || !direct(q) {
+                return Step::Done;
+            }
+            return self.oldest_op(q, Some(comm.id())).unwrap_or(Step::Done);
         }
         // SAFETY: by the promise of this function.
-        match unsafe { self.take(q, comm, ask) } {
+        match unsafe { self.take(q, &comm, &ask) } {
             Ok(Taken::Accepted(number)) => {
                 if let Plan::Submit { ticket, .. } = &mut self.plan {
                     *ticket = number;
@@ -281,7 +327,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
     /// # Safety
     /// As for `step`.
     unsafe fn take(
-        &self,
+        &mut self,
         q: &mut Held<'_, C>,
         comm: &Arc<Endpoint>,
         ask: &Ask<C>,
@@ -299,7 +345,8 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
                 return Ok(Taken::First(Step::NeedsTurn));
             }
             // SAFETY: by the promise of this function.
-            return unsafe { bucketer.direct(q, comm, ask, self.nested) }.map(Taken::Accepted);
+            return unsafe { bucketer.direct(q, index, comm, ask, self.nested) }
+                .map(Taken::Accepted);
         }
         let left = capacity - lane.open.as_ref().map_or(0, |o| o.used);
         let (too_large, fills) = (ask.numel > left, ask.numel == left && ask.numel > 0);
@@ -314,7 +361,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             return Ok(Taken::First(Step::Again));
         }
         // SAFETY: by the promise of this function.
-        let ticket = unsafe { bucketer.gather(q, index, comm, ask) }?;
+        let ticket = unsafe { bucketer.gather_first(q, index, comm, ask) }?;
         if fills {
             // The op is accepted: should the comm fail right now, its callback tells.
             let _ = bucketer.launch_lane(q, index, true);
@@ -348,7 +395,8 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
                 continue;
             }
             told.push(comm.id());
-            let call = self.bucketer.call(q, comm, kind);
+            let ordinal = q.ordinal(comm.id()).unwrap_or_else(|| comm.next_ordinal());
+            let call = self.bucketer.call(ordinal, kind);
             result = result.and(comm.announce(&call, &mut Meter::default()));
         }
         result
@@ -423,12 +471,13 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
                 behind.push(comm);
                 continue;
             }
-            if let Some((op, block)) = self.bucketer.hand_out(q, index) {
-                if let (Some(e), true) = (&op.error, self.result.is_ok()) {
-                    self.result = Err(Error::clone(e));
-                }
-                return Step::Op(op, block);
+            let end = flight.end;
+            let step = self.take_out(q, index, end);
+            let failed = self.batch.iter().find_map(|(op, _)| op.error.as_ref());
+            if let (Some(e), true) = (failed, self.result.is_ok()) {
+                self.result = Err(Error::clone(e));
             }
+            return step;
         }
         self.over()
     }
@@ -485,10 +534,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             && (flight.first..flight.end).contains(&(upto - 1));
         let target = if own { upto } else { flight.end };
         self.bucketer.complete(q, index, target, None);
-        match self.bucketer.hand_out(q, index) {
-            Some((op, block)) => Step::Op(op, block),
-            None => Step::Again,
-        }
+        self.take_out(q, index, target)
     }
 
     fn close(&mut self, q: &mut Queue<C>) -> Step<C> {
@@ -518,9 +564,12 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
 
 impl<C: Copy + Send> Drop for Turn<'_, C> {
     fn drop(&mut self) {
-        if self.handed.is_some() {
+        if !self.handed.is_empty() || !self.batch.is_empty() {
             let mut q = self.bucketer.lock();
             self.settle(&mut q);
+            while let Some(op) = self.batch.pop_back() {
+                q.owed.push_front(op);
+            }
         }
         if self.guard.is_some() {
             self.bucketer.runner.store(0, Ordering::Relaxed);

@@ -229,14 +229,22 @@ unsafe fn submit(
     comm: *mut rsb_comm,
     args: *const rsb_submit_args,
 ) -> Result<u64> {
-    let (bucketer, comm, ask) = guarded(|| {
-        let (bucketer, comm) = (bucketer_of(bucketer)?, comm_of(comm)?);
+    let (bucketer, comm) = guarded(|| Ok((bucketer_of(bucketer)?, comm_of(comm)?)))?;
+    let ask = guarded(|| {
         // SAFETY: by the promise of this function.
         let ask = unsafe { check(&comm, &structure(args, "args")?)? };
-        Ok((bucketer, comm, ask))
-    })?;
-    // SAFETY: checked; the rest is rule 6.
-    let submitted = unsafe { drive(&bucketer, bucketer.submit(comm.arc(), ask)) };
+        // SAFETY: checked; the rest is rule 6.
+        match unsafe { bucketer.submit_fitting(&comm, &ask) } {
+            Some(submitted) => submitted.map(Err),
+            None => Ok(Ok(ask)),
+        }
+    });
+    let submitted = match ask {
+        Ok(Err(ticket)) => return Ok(ticket),
+        // SAFETY: checked; the rest is rule 6.
+        Ok(Ok(ask)) => unsafe { drive(&bucketer, bucketer.submit(comm.arc(), ask)) },
+        Err(e) => Err(e),
+    };
     poison_after_panic(&comm, submitted).map(|(ticket, _)| ticket)
 }
 
@@ -334,7 +342,7 @@ pub unsafe fn bucketer_stats(
         given(out, "out")?;
         let (c, buffer_bytes, buffer_bytes_peak) = bucketer.stats();
         let stats = rsb_stats {
-            ops_submitted: c.ops_submitted.get(),
+            ops_submitted: c.ops_submitted(),
             ops_completed: c.ops_completed.get(),
             ops_failed: c.ops_failed.get(),
             ops_bucketed: c.ops_bucketed.get(),
