@@ -96,7 +96,14 @@ pub fn fields(words: &Words) -> [(&'static str, String); 9] {
     [
         ("call", kind.to_string()),
         ("tag", words[1].to_string()),
-        ("numel", words[2].to_string()),
+        (
+            if kind == "all_gather" {
+                "bytes"
+            } else {
+                "numel"
+            },
+            words[2].to_string(),
+        ),
         ("dtype", dtype.to_string()),
         ("op", op.to_string()),
         ("scale", f64::from_bits(words[3]).to_string()),

@@ -13,6 +13,7 @@ mod turn;
 #[cfg(test)]
 mod tests;
 
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -94,10 +95,39 @@ pub struct Bucketer<C> {
     /// Whether a callback has submitted direct ops, whose callbacks come right after it.
     is_due: AtomicBool,
     queue: Mutex<Queue<C>>,
+    /// The thread that has the queue.
+    holder: AtomicUsize,
     counters: Counters,
 }
 
-type Held<'a, C> = MutexGuard<'a, Queue<C>>;
+/// The queue, and the note of which thread has it.
+struct Held<'a, C> {
+    queue: MutexGuard<'a, Queue<C>>,
+    holder: &'a AtomicUsize,
+}
+
+impl<C> Deref for Held<'_, C> {
+    type Target = Queue<C>;
+
+    #[inline]
+    fn deref(&self) -> &Queue<C> {
+        &self.queue
+    }
+}
+
+impl<C> DerefMut for Held<'_, C> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut Queue<C> {
+        &mut self.queue
+    }
+}
+
+impl<C> Drop for Held<'_, C> {
+    #[inline]
+    fn drop(&mut self) {
+        self.holder.store(0, Ordering::Relaxed);
+    }
+}
 
 const TICKET_BITS: u32 = 40;
 /// Packing less than this is timed only now and then.
@@ -119,6 +149,7 @@ impl<C: Copy + Send> Bucketer<C> {
             bucket_bytes,
             queue: Mutex::new(Queue::new(Cache::new(pool.clone()))),
             pool,
+            holder: AtomicUsize::new(0),
             turn: Mutex::new(()),
             runner: AtomicUsize::new(0),
             is_due: AtomicBool::new(false),
@@ -126,8 +157,24 @@ impl<C: Copy + Send> Bucketer<C> {
         })
     }
 
+    #[inline]
     fn lock(&self) -> Held<'_, C> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        self.holder.store(this_thread(), Ordering::Relaxed);
+        Held {
+            queue,
+            holder: &self.holder,
+        }
+    }
+
+    /// Refuses a call that an allocator function makes while this bucketer waits for it.
+    #[inline]
+    pub fn refuse_inner_call(&self) -> Result<()> {
+        if self.holder.load(Ordering::Relaxed) == this_thread() {
+            let text = "bucketer: called by its own allocator; expected no call while it allocates";
+            return Err(Error::new(Status::Reentrant, text));
+        }
+        Ok(())
     }
 
     /// Whether this thread is inside a call of this bucketer, that is: in a callback.
@@ -136,6 +183,7 @@ impl<C: Copy + Send> Bucketer<C> {
     }
 
     fn refuse_reentry(&self, what: &str) -> Result<()> {
+        self.refuse_inner_call()?;
         if self.is_running_here() {
             let text = format!(
                 "{what}: called by a callback of the same bucketer; expected it after the callback"
@@ -225,6 +273,8 @@ impl<C: Copy + Send> Bucketer<C> {
             let text = "release_buffers: ops are pending; expected a flush before";
             return Err(Error::new(Status::Busy, text));
         }
+        let reserved = q.reserved.take();
+        reserved.into_iter().for_each(|(b, _)| q.cache.put(b));
         q.cache.free_idle();
         for lane in &q.lanes {
             if let Some(comm) = lane.comm.upgrade() {
@@ -285,7 +335,15 @@ impl<C: Copy + Send> Bucketer<C> {
         };
         let mut block: Option<Block> = None;
         if ask.output.is_null() {
-            block = Some(q.cache.take(ask.numel * ask.finish.output.size())?);
+            let bytes = ask.numel * ask.finish.output.size();
+            let reserved = q.reserved.take();
+            block = match reserved.filter(|(_, had)| *had == bytes) {
+                Some((block, _)) => Some(block),
+                None => {
+                    reserved.into_iter().for_each(|(b, _)| q.cache.put(b));
+                    Some(q.cache.take(bytes)?)
+                }
+            };
         }
         let output = block.map_or(ask.output, |b| b.ptr);
         let ordinal = q.lanes[index]
@@ -307,6 +365,7 @@ impl<C: Copy + Send> Bucketer<C> {
             op: ask.op,
             finish: ask.finish,
             output,
+            output_is_ours: block.is_some(),
             borrow: ask.borrow,
             call,
         };
@@ -450,7 +509,7 @@ impl<C: Copy + Send> Bucketer<C> {
         let lane = q.lanes.get(index)?;
         let same = lane.comm_id == comm.id() && lane.dtype == ask.dtype && lane.op == ask.op;
         let left = lane.capacity? - lane.open.as_ref()?.used;
-        if !same || ask.numel >= left || q.closing {
+        if !same || ask.numel >= left || q.closing || q.owes() {
             return None;
         }
         // SAFETY: by the promise of this function.
@@ -496,6 +555,7 @@ impl<C: Copy + Send> Bucketer<C> {
                 failure: None,
             }),
             direct: true,
+            owed: false,
         };
         if nested {
             q.due.push_back(flight);
@@ -548,6 +608,7 @@ impl<C: Copy + Send> Bucketer<C> {
             ops: open.ops,
             outcome,
             direct: false,
+            owed: false,
         });
         self.measure(q, &open.comm);
         launched

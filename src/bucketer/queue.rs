@@ -81,6 +81,8 @@ pub struct Flight<C> {
     pub ops: Ops<C>,
     pub outcome: Option<Outcome>,
     pub direct: bool,
+    /// A call has begun to hand back all that was launched, and a callback has thrown.
+    pub owed: bool,
 }
 
 /// A comm that this bucketer has used.
@@ -111,6 +113,9 @@ pub struct Queue<C> {
     pub first_failure: Option<Arc<Error>>,
     pub cache: Cache,
     pub closing: bool,
+    /// Memory for the result of the op that is being taken, had before anything changed,
+    /// and its bytes.
+    pub reserved: Option<(Block, usize)>,
     pub spare: Vec<Ops<C>>,
 }
 
@@ -133,6 +138,7 @@ impl<C> Queue<C> {
             first_failure: None,
             cache,
             closing: false,
+            reserved: None,
             spare: Vec::new(),
         }
     }
@@ -167,6 +173,13 @@ impl<C> Queue<C> {
             .enumerate()
             .filter_map(|(i, l)| order(l).map(|o| (o, i)));
         open.min().map(|(_, index)| index)
+    }
+
+    /// Whether a call ended by an exception owes callbacks that the next call runs first.
+    pub fn owes(&self) -> bool {
+        !self.owed.is_empty()
+            || !self.due.is_empty()
+            || self.flights.front().is_some_and(|f| f.owed)
     }
 
     /// Whether ops are pending.

@@ -180,7 +180,7 @@ impl Rank<'_> {
         while let Some(done) = unsafe { turn.step() } {
             self.check(&done);
         }
-        turn.finish()
+        turn.result().map(|()| turn.ticket().unwrap_or(0))
     }
 
     fn check(&mut self, done: &Completion<usize>) {

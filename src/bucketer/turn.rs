@@ -188,13 +188,9 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
         self.count
     }
 
-    /// How the call ended, and the ticket of a submit.
-    pub fn finish(mut self) -> Result<u64> {
-        std::mem::replace(&mut self.result, Ok(()))?;
-        match &self.plan {
-            Plan::Submit { ticket, .. } => Ok(*ticket),
-            _ => Ok(0),
-        }
+    /// How the call ended, once there is no further step.
+    pub fn result(&mut self) -> Result<()> {
+        std::mem::replace(&mut self.result, Ok(()))
     }
 
     fn settle(&mut self, q: &mut Queue<C>) {
@@ -232,6 +228,9 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             }
             if let Some((op, block)) = q.owed.pop_front() {
                 return Step::Op(op, block);
+            }
+            if q.flights.front().is_some_and(|f| f.owed) {
+                return self.oldest_op(q, None).unwrap_or(Step::Again);
             }
         }
         match &mut self.plan {
@@ -337,6 +336,9 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             let text = "bucketer: it is being freed; expected a live one";
             return Err(Error::new(Status::BadHandle, text));
         }
+        if q.owes() && !self.nested && self.guard.is_none() {
+            return Ok(Taken::First(Step::NeedsTurn));
+        }
         let index = bucketer.lane_of(q, comm, ask.dtype, ask.op);
         let lane = &q.lanes[index];
         let capacity = lane.capacity.unwrap_or(0);
@@ -356,6 +358,12 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             }
         }
         if too_large {
+            // Memory that is missing is missed before anything changes.
+            let bytes = ask.numel * ask.finish.output.size();
+            if ask.output.is_null() && q.reserved.is_none() {
+                q.reserved = Some((q.cache.take(bytes)?, bytes));
+            }
+            comm.prepare_next(q.lanes[index].id, ask.numel, &bucketer.pool)?;
             bucketer.launch_lane(q, index, true)?;
             // What is open and in flight has changed: look again.
             return Ok(Taken::First(Step::Again));
@@ -557,8 +565,63 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             lane.open = None;
             return Step::Again;
         }
+        let reserved = q.reserved.take();
+        reserved.into_iter().for_each(|(b, _)| q.cache.put(b));
         q.cache.free_idle();
         self.over()
+    }
+}
+
+impl<C: Copy + Send> Turn<'_, C> {
+    /// The ticket of a submit, once it is accepted.
+    pub fn ticket(&self) -> Option<u64> {
+        match &self.plan {
+            Plan::Submit { ticket, .. } => Some(*ticket).filter(|&t| t != 0),
+            _ => None,
+        }
+    }
+
+    /// A callback has thrown, and the call ends here. What the other ranks will see is completed all
+    /// the same: buckets are launched, the op is taken. Callbacks stay owed.
+    ///
+    /// # Safety
+    /// As for `step`.
+    pub unsafe fn abandon(&mut self) {
+        let bucketer = self.bucketer;
+        let mut q = bucketer.lock();
+        self.settle(&mut q);
+        while let Some(op) = self.batch.pop_back() {
+            q.owed.push_front(op);
+        }
+        let nested = std::mem::replace(&mut self.nested, true);
+        match self.plan {
+            Plan::Launch {
+                kind,
+                limit: Some(limit),
+                ..
+            } => {
+                while let Some(index) = q.first_open(limit) {
+                    let comm = q.lanes[index].comm_id;
+                    self.make_room(&mut q, comm);
+                    let _ = bucketer.launch_lane(&mut q, index, false);
+                }
+                if kind == CallKind::Flush {
+                    q.flights.iter_mut().for_each(|f| f.owed = true);
+                }
+            }
+            Plan::Drain => q.flights.iter_mut().for_each(|f| f.owed = true),
+            Plan::Submit { ticket: 0, .. } => {
+                // As if a callback had submitted it: it is taken, and no callback runs.
+                let guard = self.guard.take();
+                // SAFETY: by the promise of this function.
+                while matches!(unsafe { self.submit(&mut q) }, Step::Again)
+                    && self.ticket().is_none()
+                {}
+                self.guard = guard;
+            }
+            _ => {}
+        }
+        self.nested = nested;
     }
 }
 

@@ -200,7 +200,7 @@ impl Endpoint {
     /// Ends the group. Any thread; never blocks.
     pub fn abort(&self) {
         let text = format!("rsb_comm_abort was called on rank {}", self.rank());
-        self.end(Error::new(Status::Aborted, text));
+        self.end(Error::new(Status::Aborted, text).blame(self.rank()));
     }
 
     /// A bug of ours was caught in a call on this comm: peers must not wait for it.
@@ -264,6 +264,15 @@ impl Endpoint {
     pub fn release_buffers(&self, id: LaneId) {
         if let Lanes::Buckets(buckets) = &self.lanes {
             buckets.release_buffers(id);
+        }
+    }
+
+    /// Has the memory that a lane's next bucket will need for `numel` elements, while this one is still
+    /// open. On error nothing has changed.
+    pub fn prepare_next(&self, id: LaneId, numel: usize, pool: &Arc<Pool>) -> Result<()> {
+        match &self.lanes {
+            Lanes::Ring(..) => Ok(()),
+            Lanes::Buckets(buckets) => buckets.prepare_next(id, numel, pool),
         }
     }
 

@@ -35,6 +35,8 @@ pub struct Work {
     pub finish: Finish,
     /// Where the result goes: `numel` elements of `finish.output`.
     pub output: *mut u8,
+    /// Whether that is memory of ours, which an engine must not have once the op has failed.
+    pub output_is_ours: bool,
     /// Whether the input stays as it is until the op is done.
     pub borrow: bool,
     /// Its place in the sequence, as ranks compare it.

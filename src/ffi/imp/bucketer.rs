@@ -152,25 +152,73 @@ unsafe fn call_back(op: &Completion<Callback>) {
     unsafe { function(op.payload.user_data, &result) }
 }
 
-/// Runs a turn to its end: the ticket of a submit, and how many ops were handed back.
+/// A turn, and where the ticket of a submit goes: as soon as the op is taken, also if a callback
+/// throws.
+struct Running<'a> {
+    turn: Turn<'a, Callback>,
+    out_ticket: *mut rsb_ticket,
+    over: bool,
+}
+
+impl Running<'_> {
+    /// # Safety
+    /// `out_ticket` is NULL or may be written.
+    unsafe fn tell_ticket(&self) {
+        if let (Some(ticket), false) = (self.turn.ticket(), self.out_ticket.is_null()) {
+            // SAFETY: by the promise of this function; any alignment.
+            unsafe { self.out_ticket.write_unaligned(ticket) };
+        }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            // A C++ exception is passing.
+            let _ = guarded(|| {
+                // SAFETY: the call that is ending was given what rule 6 asks for.
+                unsafe { self.turn.abandon() };
+                Ok(())
+            });
+            // SAFETY: the caller's pointer, checked when the call began.
+            unsafe { self.tell_ticket() };
+        }
+    }
+}
+
+/// Runs a turn to its end; how many ops were handed back.
 ///
 /// # Safety
-/// The pointers that the call was given are as rule 6 says.
-unsafe fn drive(bucketer: &Bucketer<Callback>, mut turn: Turn<'_, Callback>) -> Result<(u64, u64)> {
+/// The pointers that the call was given are as rule 6 says; `out_ticket` is NULL or may be written.
+unsafe fn drive(
+    bucketer: &Bucketer<Callback>,
+    turn: Turn<'_, Callback>,
+    out_ticket: *mut rsb_ticket,
+) -> Result<u64> {
+    let mut running = Running {
+        turn,
+        out_ticket,
+        over: false,
+    };
     loop {
         // SAFETY: by the promise of this function.
-        match guarded(|| Ok(unsafe { turn.step() })) {
+        let step = guarded(|| Ok(unsafe { running.turn.step() }));
+        // SAFETY: by the promise of this function.
+        unsafe { running.tell_ticket() };
+        match step {
             // SAFETY: the callback came with its op.
             Ok(Some(op)) => unsafe { call_back(&op) },
             Ok(None) => break,
             Err(e) => {
+                running.over = true;
                 bucketer.poison(&e.message);
                 return Err(e);
             }
         }
     }
-    let count = turn.count();
-    guarded(|| turn.finish()).map(|ticket| (ticket, count))
+    running.over = true;
+    let count = running.turn.count();
+    guarded(|| running.turn.result()).map(|()| count)
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -202,7 +250,7 @@ pub unsafe fn bucketer_reduce_scatter_async(
         user_data,
     };
     // SAFETY: the caller keeps the rules of the header.
-    unsafe { answer(submit(bucketer, comm, &args).map(drop), err) }
+    unsafe { answer(submit(bucketer, comm, &args, std::ptr::null_mut()), err) }
 }
 
 pub unsafe fn bucketer_submit(
@@ -213,13 +261,7 @@ pub unsafe fn bucketer_submit(
     err: *mut rsb_error,
 ) -> rsb_status {
     // SAFETY: the caller keeps the rules of the header.
-    unsafe {
-        let ticket = submit(bucketer, comm, args);
-        if let (Ok(ticket), false) = (&ticket, out_ticket.is_null()) {
-            out_ticket.write_unaligned(*ticket);
-        }
-        answer(ticket.map(drop), err)
-    }
+    unsafe { answer(submit(bucketer, comm, args, out_ticket), err) }
 }
 
 /// # Safety
@@ -228,8 +270,10 @@ unsafe fn submit(
     bucketer: *mut rsb_bucketer,
     comm: *mut rsb_comm,
     args: *const rsb_submit_args,
-) -> Result<u64> {
+    out_ticket: *mut rsb_ticket,
+) -> Result<()> {
     let (bucketer, comm) = guarded(|| Ok((bucketer_of(bucketer)?, comm_of(comm)?)))?;
+    bucketer.refuse_inner_call()?;
     let ask = guarded(|| {
         // SAFETY: by the promise of this function.
         let ask = unsafe { check(&comm, &structure(args, "args")?)? };
@@ -240,12 +284,18 @@ unsafe fn submit(
         }
     });
     let submitted = match ask {
-        Ok(Err(ticket)) => return Ok(ticket),
+        Ok(Err(ticket)) => {
+            if !out_ticket.is_null() {
+                // SAFETY: by the promise of this function; any alignment.
+                unsafe { out_ticket.write_unaligned(ticket) };
+            }
+            return Ok(());
+        }
         // SAFETY: checked; the rest is rule 6.
-        Ok(Ok(ask)) => unsafe { drive(&bucketer, bucketer.submit(comm.arc(), ask)) },
+        Ok(Ok(ask)) => unsafe { drive(&bucketer, bucketer.submit(comm.arc(), ask), out_ticket) },
         Err(e) => Err(e),
     };
-    poison_after_panic(&comm, submitted).map(|(ticket, _)| ticket)
+    poison_after_panic(&comm, submitted).map(drop)
 }
 
 /// Opens a turn on a bucketer and runs it.
@@ -259,7 +309,7 @@ unsafe fn run(
     let bucketer = guarded(|| bucketer_of(handle))?;
     let turn = guarded(|| open(&bucketer))?;
     // SAFETY: by the promise of this function.
-    unsafe { drive(&bucketer, turn) }.map(|(_, count)| count)
+    unsafe { drive(&bucketer, turn, std::ptr::null_mut()) }
 }
 
 pub unsafe fn bucketer_launch(bucketer: *mut rsb_bucketer, err: *mut rsb_error) -> rsb_status {

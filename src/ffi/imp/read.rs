@@ -22,7 +22,7 @@ pub unsafe fn structure<T: Copy>(from: *const T, name: &str) -> Result<T> {
     let known = size_of::<T>();
     if said < known || said > LONGEST {
         return Err(invalid!(
-            "{name}->struct_size: {said}; expected {known}, as its INIT macro sets it"
+            "{name}->struct_size: {said}; expected its sizeof, {known}"
         ));
     }
     for at in known..said {

@@ -104,7 +104,7 @@ fn scale_of(scale: f64, dtype: DType, output: DType) -> Result<f64> {
     };
     if !rounded.is_finite() {
         return Err(invalid!(
-            "scale: {scale}; expected a finite number, or 0 for 1"
+            "scale: {scale:e}; expected a finite number, or 0 for 1"
         ));
     }
     Ok(scale)

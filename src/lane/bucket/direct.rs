@@ -41,7 +41,8 @@ impl Buckets {
                 work.row(self.rank).0
             };
             let plain = work.finish == Finish::plain(work.dtype) && work.op != Op::Avg;
-            let straight = plain && kind == Kind::ReduceScatter && work.output.cast_const() != own;
+            let theirs = !work.output_is_ours && work.output.cast_const() != own;
+            let straight = plain && theirs && kind == Kind::ReduceScatter;
             let landing = match straight {
                 true => Landing::Output(work.output),
                 false => Landing::Buffer(Buffer::new(pool, unit.landing_bytes(kind, self.size))?),

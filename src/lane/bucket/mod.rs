@@ -239,6 +239,15 @@ impl Buckets {
         }
     }
 
+    /// Has the memory of a lane's next bucket.
+    pub fn prepare_next(&self, id: LaneId, numel: usize, pool: &Arc<Pool>) -> Result<()> {
+        let mut st = self.lock();
+        let lane = st.lane(id);
+        let (dtype, op) = lane.types();
+        let route = self.route_of(self.route(dtype, op)?);
+        lane.prepare_next(numel, route, pool)
+    }
+
     /// Packs a waiting op into the lane's bucket.
     ///
     /// # Safety

@@ -41,6 +41,8 @@ pub struct BucketLane {
     pub staged: u64,
     pub done: u64,
     memory: Option<Memory>,
+    /// The next bucket's, and its stride.
+    next: Option<(Memory, usize)>,
     /// Elements from one row to the next, and elements of each row used.
     stride: usize,
     fill: usize,
@@ -61,6 +63,7 @@ impl BucketLane {
             staged: 0,
             done: 0,
             memory: None,
+            next: None,
             stride: 0,
             fill: 0,
             last: 0,
@@ -80,12 +83,14 @@ impl BucketLane {
     pub fn clear(&mut self) {
         self.pieces.clear();
         self.memory = None;
+        self.next = None;
         self.idle.clear();
     }
 
     /// Frees what is idle.
     pub fn release_buffers(&mut self) {
         self.idle.clear();
+        self.next = None;
         self.last = 0;
     }
 
@@ -112,8 +117,40 @@ impl BucketLane {
         if self.memory.is_some() && end <= self.stride {
             return Ok(());
         }
-        let (size, element) = (route.size, self.dtype.size());
+        if let Some((memory, stride)) = self.next.take_if(|(_, stride)| end <= *stride) {
+            if self.memory.is_none() {
+                (self.memory, self.stride) = (Some(memory), stride);
+                return Ok(());
+            }
+        }
         let stride = end.max(self.last).max(self.stride * 2).max(64);
+        let memory = self.memory_for(stride, route, pool)?;
+        let element = self.dtype.size();
+        if let Some(old) = &self.memory {
+            for r in 0..route.size as usize {
+                // SAFETY: both hold `fill` elements from the start of every row on.
+                unsafe {
+                    let from = old.send.as_ptr().add(r * self.stride * element);
+                    let to = memory.send.as_ptr().add(r * stride * element);
+                    to.copy_from_nonoverlapping(from, self.fill * element);
+                }
+            }
+        }
+        (self.memory, self.stride) = (Some(memory), stride);
+        Ok(())
+    }
+
+    /// Has the memory of the next bucket, for `numel` elements a row at least.
+    pub fn prepare_next(&mut self, numel: usize, route: Route, pool: &Arc<Pool>) -> Result<()> {
+        if self.next.as_ref().is_none_or(|(_, stride)| *stride < numel) {
+            let stride = numel.max(self.fill).max(64);
+            self.next = Some((self.memory_for(stride, route, pool)?, stride));
+        }
+        Ok(())
+    }
+
+    fn memory_for(&mut self, stride: usize, route: Route, pool: &Arc<Pool>) -> Result<Memory> {
+        let (size, element) = (route.size, self.dtype.size());
         let Some(bytes) = total_bytes(stride, size, element) else {
             let text = format!(
                 "a bucket of {stride} elements for {size} ranks is more than memory can hold"
@@ -126,23 +163,11 @@ impl BucketLane {
             stride * element
         };
         let split = stride > route.max_count;
-        let memory = Memory {
+        Ok(Memory {
             send: self.buffer(pool, bytes)?,
             landing: self.buffer(pool, landing)?,
             packed: split.then(|| self.buffer(pool, bytes)).transpose()?,
-        };
-        if let Some(old) = &self.memory {
-            for r in 0..size as usize {
-                // SAFETY: both hold `fill` elements from the start of every row on.
-                unsafe {
-                    let from = old.send.as_ptr().add(r * self.stride * element);
-                    let to = memory.send.as_ptr().add(r * stride * element);
-                    to.copy_from_nonoverlapping(from, self.fill * element);
-                }
-            }
-        }
-        (self.memory, self.stride) = (Some(memory), stride);
-        Ok(())
+        })
     }
 
     /// Packs an op. On error nothing has changed.

@@ -326,9 +326,10 @@ impl State {
             };
             let mine = group.rank() == rank;
             agreed &= mine || self.same(group, seq, &line.chain);
-            let chunk = line.slot.map(|s| group.chunk(rank, s));
-            possible &= chunk != Some(None) && chunk.is_some() == self.closed[index].slot.is_some();
-            slots.push(chunk.flatten().unwrap_or(std::ptr::null()));
+            let place = line.slot.and_then(|slot| group.chunk(rank, slot));
+            possible &= place.is_some() == line.slot.is_some();
+            possible &= place.is_some() == self.closed[index].slot.is_some();
+            slots.push(place.unwrap_or(std::ptr::null()));
         }
         self.rows = slots;
         if !agreed {
