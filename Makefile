@@ -10,7 +10,7 @@ CC    ?= cc
 JOBS  ?= 2
 RANKS ?= 4
 
-.PHONY: demo lib test lint rust c sanitize header clean
+.PHONY: demo lib test lint rust c sanitize tsan bench header clean
 
 demo: target/demo/train_digits
 	target/demo/train_digits --ranks $(RANKS) --data data/digits.csv
@@ -45,6 +45,19 @@ sanitize:
 	cmake -S . -B build/sanitize -DRSB_SANITIZE=address,undefined -DRSB_TARGET_DIR=$(CURDIR)/target
 	cmake --build build/sanitize -j $(JOBS)
 	ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
+
+# The ring, with ranks as threads, under ThreadSanitizer: needs a nightly toolchain with rust-src, since a
+# library or a standard library that is not instrumented gives false reports. Elsewhere it says so.
+TSAN_TARGET := $(shell uname -m)-unknown-linux-gnu
+tsan:
+	@if [ -d "$$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/src/rust" ]; then \
+	  RUSTFLAGS=-Zsanitizer=thread PROPTEST_CASES=60 $(CARGO) +nightly test --locked -Zbuild-std \
+	    --target $(TSAN_TARGET) --target-dir target/tsan --lib -- bucketer:: handle:: memory::; \
+	else echo "tsan: skipped, no nightly toolchain with rust-src"; fi
+
+# The library beside MPICH and Open MPI and the memory floors: one table (about 4 minutes; bench/run --help).
+bench:
+	bench/run
 
 lint:
 	$(CARGO) fmt --check
