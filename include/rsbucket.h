@@ -115,7 +115,8 @@
  *    RSB_ERR_REENTRANT. It waits for other ranks through this library only.
  *
  *    A C++ exception that leaves a callback passes through the rsb_ call to its caller. That op
- *    counts as called; the next call runs the callbacks that are still owed.
+ *    counts as called; the next call runs the callbacks that are still owed. What other ranks see
+ *    of the call is done all the same: buckets are launched, and the op of a submit is accepted.
  *
  *    An op is complete when, on a host comm, the bytes are in result->data; on a device comm, when
  *    the work is enqueued and result->data is ready in the order of result->stream (what fails
@@ -599,7 +600,8 @@ rsb_status rsb_comm_status(const rsb_comm *comm, rsb_error *err);
  * comm is enough for a whole training step.
  *
  * - input: `bytes` bytes, the same number on every rank. May be this rank's place in output.
- * - output: size * bytes bytes, in rank order. Both stay the caller's.
+ * - output: size * bytes bytes, in rank order. Both stay the caller's. After an error on a custom
+ *   comm the engine may use them until it has been released or aborted, as rule 6 has it for ops.
  * - bytes: 0 makes it a barrier; input and output may then be NULL.
  *
  * Any thread, callbacks included. Blocks until all ranks have come (device: in the order of the
@@ -844,7 +846,8 @@ rsb_status rsb_bucketer_reduce_scatter_async(rsb_bucketer *bucketer,
  *
  * - bucketer, comm: what gathers it, and the group it runs on.
  * - args: the op; read during the call. What it points to: rule 6.
- * - out_ticket: receives the op's ticket, for rsb_bucketer_wait; may be NULL.
+ * - out_ticket: receives the op's ticket, for rsb_bucketer_wait; may be NULL. It is written as soon
+ *   as the op is accepted: before its callback, and also if an older op's callback throws (rule 3).
  *
  * Any thread, callbacks included. May wait for peers, and run callbacks, if the op is direct or
  * launches a bucket, and may wait while the comm's staging is full (rule 9).

@@ -52,6 +52,11 @@ impl DType {
         }
     }
 
+    /// The base-2 logarithm of `size`.
+    pub const fn shift(self) -> u32 {
+        self.size().trailing_zeros()
+    }
+
     /// Whether it is a floating-point type.
     pub const fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::F64 | DType::F16 | DType::BF16)

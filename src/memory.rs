@@ -162,6 +162,7 @@ struct Slot {
 struct Place {
     ptr: usize,
     bytes: usize,
+    class: usize,
     pool: Option<Arc<Pool>>,
 }
 
@@ -266,9 +267,9 @@ fn free_block(index: u32) {
 fn class_of(bytes: usize) -> (usize, usize) {
     let bytes = bytes.max(ALIGN);
     let log = (bytes - 1).ilog2() as usize;
-    let step = 1usize << log.saturating_sub(3);
-    let size = bytes.div_ceil(step) * step;
-    (log * 8 + (size - (1 << log)) / step - 1, size)
+    let shift = log.saturating_sub(3);
+    let steps = ((bytes - 1) >> shift) + 1;
+    (log * 8 + steps - ((1 << log) >> shift) - 1, steps << shift)
 }
 
 /// The idle blocks that a bucketer can use without a lock.
@@ -314,6 +315,7 @@ impl Cache {
         let place = Place {
             ptr: ptr as usize,
             bytes: size,
+            class,
             pool: Some(self.pool.clone()),
         };
         // SAFETY: the index was idle: nobody reads its place.
@@ -324,8 +326,7 @@ impl Cache {
     /// Takes back a block that was not armed.
     pub fn put(&mut self, block: Block) {
         // SAFETY: the block is idle and ours: its place is readable.
-        let bytes = unsafe { (*slot(block.index).place.get()).bytes };
-        let class = class_of(bytes).0;
+        let class = unsafe { (*slot(block.index).place.get()).class };
         if self.idle.len() <= class {
             self.idle.resize_with(class + 1, Vec::new);
         }

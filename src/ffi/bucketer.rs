@@ -242,7 +242,8 @@ pub const RSB_SUBMIT_BORROW: u32 = 2u32;
 ///
 /// - bucketer, comm: what gathers it, and the group it runs on.
 /// - args: the op; read during the call. What it points to: rule 6.
-/// - out_ticket: receives the op's ticket, for rsb_bucketer_wait; may be NULL.
+/// - out_ticket: receives the op's ticket, for rsb_bucketer_wait; may be NULL. It is written as soon
+///   as the op is accepted: before its callback, and also if an older op's callback throws (rule 3).
 ///
 /// Any thread, callbacks included. May wait for peers, and run callbacks, if the op is direct or
 /// launches a bucket, and may wait while the comm's staging is full (rule 9).

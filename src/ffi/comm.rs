@@ -318,7 +318,8 @@ pub unsafe extern "C" fn rsb_comm_status(comm: *const rsb_comm, err: *mut rsb_er
 /// comm is enough for a whole training step.
 ///
 /// - input: `bytes` bytes, the same number on every rank. May be this rank's place in output.
-/// - output: size * bytes bytes, in rank order. Both stay the caller's.
+/// - output: size * bytes bytes, in rank order. Both stay the caller's. After an error on a custom
+///   comm the engine may use them until it has been released or aborted, as rule 6 has it for ops.
 /// - bytes: 0 makes it a barrier; input and output may then be NULL.
 ///
 /// Any thread, callbacks included. Blocks until all ranks have come (device: in the order of the

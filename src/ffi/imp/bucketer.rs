@@ -274,25 +274,32 @@ unsafe fn submit(
 ) -> Result<()> {
     let (bucketer, comm) = guarded(|| Ok((bucketer_of(bucketer)?, comm_of(comm)?)))?;
     bucketer.refuse_inner_call()?;
-    let ask = guarded(|| {
+    let mut unfit = None;
+    let fitting = guarded(|| {
         // SAFETY: by the promise of this function.
         let ask = unsafe { check(&comm, &structure(args, "args")?)? };
         // SAFETY: checked; the rest is rule 6.
         match unsafe { bucketer.submit_fitting(&comm, &ask) } {
-            Some(submitted) => submitted.map(Err),
-            None => Ok(Ok(ask)),
+            Some(submitted) => submitted.map(Some),
+            None => {
+                unfit = Some(ask);
+                Ok(None)
+            }
         }
     });
-    let submitted = match ask {
-        Ok(Err(ticket)) => {
+    let submitted = match fitting {
+        Ok(Some(ticket)) => {
             if !out_ticket.is_null() {
                 // SAFETY: by the promise of this function; any alignment.
                 unsafe { out_ticket.write_unaligned(ticket) };
             }
             return Ok(());
         }
-        // SAFETY: checked; the rest is rule 6.
-        Ok(Ok(ask)) => unsafe { drive(&bucketer, bucketer.submit(comm.arc(), ask), out_ticket) },
+        Ok(None) => match unfit {
+            // SAFETY: checked; the rest is rule 6.
+            Some(ask) => unsafe { drive(&bucketer, bucketer.submit(comm.arc(), ask), out_ticket) },
+            None => Ok(0),
+        },
         Err(e) => Err(e),
     };
     poison_after_panic(&comm, submitted).map(drop)

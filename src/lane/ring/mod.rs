@@ -132,7 +132,7 @@ impl Ring {
                 continue;
             };
             let at = aligned(chunk.fill, (work.numel - done) * element);
-            let count = (work.numel - done).min(room.saturating_sub(at) / element);
+            let count = (work.numel - done).min(room.saturating_sub(at) >> work.dtype.shift());
             if work.numel > done && count == 0 {
                 st = self.publish(st, id, meter)?;
                 continue;
