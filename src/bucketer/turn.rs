@@ -139,13 +139,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             // SAFETY: by the promise of this function.
             unsafe { self.look() };
         }
-        let Some((op, block)) = self.batch.pop_front() else {
-            if let Some(start) = self.since.take() {
-                let spent = start.elapsed().as_nanos() as u64;
-                bucketer.counters.callback_ns.add(spent);
-            }
-            return None;
-        };
+        let (op, block) = self.batch.pop_front()?;
         self.handed.extend(block.map(|block| (block, op.shard)));
         self.count += 1;
         self.since.get_or_insert_with(Instant::now);
@@ -163,6 +157,10 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
     unsafe fn look(&mut self) {
         let bucketer = self.bucketer;
         let mut q = bucketer.lock();
+        if let Some(start) = self.since.take() {
+            let spent = start.elapsed().as_nanos() as u64;
+            bucketer.counters.callback_ns.add(spent);
+        }
         self.settle(&mut q);
         loop {
             // SAFETY: by the promise of this function.

@@ -1,5 +1,7 @@
 //! One op as a lane sees it: where its input lies, where its result goes, what is asked.
 
+use std::time::Instant;
+
 use crate::dtype::{DType, Finish, Op};
 use crate::fingerprint::Call;
 use crate::layout::flat_shard;
@@ -111,6 +113,15 @@ pub struct Meter {
     pub wait_ns: u64,
     /// Time in reduction kernels; small pieces are not timed.
     pub reduce_ns: u64,
+}
+
+impl Meter {
+    /// Counts the time since a wait began, if one did.
+    pub fn waited(&mut self, start: Option<Instant>) {
+        if let Some(start) = start {
+            self.wait_ns += start.elapsed().as_nanos() as u64;
+        }
+    }
 }
 
 /// How a wait for an op ended.

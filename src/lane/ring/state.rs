@@ -116,6 +116,9 @@ pub struct State {
 // dropped (rule 6), and the ring's lock lets one thread at a time use them.
 unsafe impl Send for State {}
 
+/// Chunks that travel before a rank gives its core away rather than take cold memory.
+const AHEAD: usize = 8;
+
 /// Chunks smaller than this are not timed: reading the clock would cost more than it tells.
 const TIMED: usize = 16 << 10;
 
@@ -207,10 +210,20 @@ impl State {
         self.spare.pop().unwrap_or_default()
     }
 
+    /// A free chunk of memory that was used before.
+    pub fn warm_slot(&mut self, group: &Group) -> Option<u32> {
+        self.reclaim(group);
+        self.free.pop()
+    }
+
+    /// Whether this rank is so far ahead of its peers that it may as well let them run.
+    pub fn is_ahead(&self) -> bool {
+        self.closed.len() >= AHEAD
+    }
+
     /// A free chunk of memory, used before or made real now. `Ok(None)`: one must be awaited.
     pub fn slot(&mut self, group: &Group) -> Result<Option<u32>> {
-        self.reclaim(group);
-        if let Some(slot) = self.free.pop() {
+        if let Some(slot) = self.warm_slot(group) {
             return Ok(Some(slot));
         }
         let travelling = self.closed.iter().any(|c| c.slot.is_some());
