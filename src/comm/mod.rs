@@ -5,6 +5,7 @@ pub mod control;
 pub mod engine;
 pub mod group;
 pub mod keeper;
+pub mod local;
 pub mod mapping;
 pub mod patience;
 pub mod rendezvous;

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::Layout;
-use super::group::{self, Group, Threads};
+use super::group::Group;
+use super::local::{self, Threads};
 use super::patience::Patience;
 use super::shm;
 use crate::error::{Error, Result, Status};
@@ -50,7 +51,7 @@ pub fn shrink(
             Err(e) => break Err(e),
         };
         let formed = match origin {
-            Origin::Local(threads) => group::reborn(threads, &survivors, group.rank(), layout)
+            Origin::Local(threads) => local::reborn(threads, &survivors, group.rank(), layout)
                 .map(|(end, threads)| (end, Origin::Local(threads))),
             Origin::Shm { name, generation } => {
                 meet(group, name, generation + 1, &survivors, layout, deadline)

@@ -16,7 +16,8 @@ use self::ring::Ring;
 use self::work::{Meter, Waited, Work};
 use crate::comm::control::Layout;
 use crate::comm::engine::{Abilities, Engine};
-use crate::comm::group::{self, Group};
+use crate::comm::group::Group;
+use crate::comm::local;
 use crate::comm::shm;
 use crate::comm::shrink::{self, Origin};
 use crate::comm::word::MAX_RANKS;
@@ -108,7 +109,7 @@ impl Endpoint {
     /// `size` ranks as threads of this process.
     pub fn local(size: u32, options: &Options) -> Result<Vec<Arc<Endpoint>>> {
         let layout = options.layout(size)?;
-        let (ends, threads) = group::local(size, layout)?;
+        let (ends, threads) = local::create(size, layout)?;
         let end = |group| options.ring(group, Origin::Local(threads.clone()));
         Ok(ends.into_iter().map(end).collect())
     }

@@ -438,7 +438,11 @@ fn narrowing_rounds_once_to_nearest_even() {
                 } else {
                     Bf16::from_f32(v).0
                 };
-                assert_eq!(bits_at(output, &out, i), ours.into(), "{level}: {bits:#x}");
+                assert_eq!(
+                    bits_at(output, &out, i),
+                    u64::from(ours),
+                    "{level}: {bits:#x}"
+                );
             }
         }
     }

@@ -1,0 +1,435 @@
+//! What each kind of call does, step by step: the rules of order and of callbacks (1, 3 and 9).
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::hand::Found;
+use super::queue::{self, Queue};
+use super::turn::Turn;
+use super::{Ask, Completion, Held, IN_FLIGHT};
+use crate::error::{Error, Result, Status};
+use crate::fingerprint::CallKind;
+use crate::lane::work::Meter;
+use crate::lane::Endpoint;
+use crate::memory::Block;
+
+/// What a call still has to do.
+pub enum Plan<C> {
+    /// Take an op; `ticket` once it is accepted.
+    Submit {
+        comm: Arc<Endpoint>,
+        ask: Ask<C>,
+        ticket: u64,
+    },
+    /// Launch what was open when the call began (`limit`, once announced); a flush drains then.
+    Launch {
+        kind: CallKind,
+        limit: Option<u64>,
+        result: Result<()>,
+    },
+    /// Hand back everything that is launched.
+    Drain,
+    /// Hand back what is complete.
+    Poll { looked: bool },
+    /// Hand back everything up to one op.
+    Wait {
+        ticket: u64,
+        limit: Option<Instant>,
+        found: Option<(u64, u32, u64)>,
+    },
+    /// Hand back everything, cancelling what is not launched.
+    Close,
+    /// Nothing more.
+    Over,
+}
+
+impl<C> Plan<C> {
+    /// The beginning of a launch or a flush.
+    pub fn launch(kind: CallKind) -> Plan<C> {
+        Plan::Launch {
+            kind,
+            limit: None,
+            result: Ok(()),
+        }
+    }
+}
+
+/// What a step found.
+pub enum Step<C> {
+    /// Ops to hand out are in the batch.
+    Batch,
+    /// An op to hand out.
+    Op(Completion<C>, Option<Block>),
+    /// Look again.
+    Again,
+    /// Look again, but only as the one who runs callbacks.
+    NeedsTurn,
+    /// The plan is done.
+    Done,
+}
+
+/// How far a submit got.
+enum Taken<C> {
+    /// The op has this ticket.
+    Accepted(u64),
+    /// Something comes first.
+    First(Step<C>),
+}
+
+impl<C: Copy + Send> Turn<'_, C> {
+    /// # Safety
+    /// As for `step`.
+    pub(super) unsafe fn advance(&mut self, q: &mut Held<'_, C>) -> Step<C> {
+        // What a callback did at once comes right after that callback.
+        if self.guard.is_some() {
+            if let Some((op, block)) = self.bucketer.hand_out_due(q) {
+                return Step::Op(op, block);
+            }
+            if !self.batch.is_empty() {
+                return Step::Batch;
+            }
+            if let Some((op, block)) = q.owed.pop_front() {
+                return Step::Op(op, block);
+            }
+            if q.flights.front().is_some_and(|f| f.owed) {
+                return self.oldest_op(q, None).unwrap_or(Step::Again);
+            }
+        }
+        match &mut self.plan {
+            // SAFETY: by the promise of this function.
+            Plan::Submit { .. } => unsafe { self.submit(q) },
+            Plan::Launch { .. } => self.launch(q),
+            Plan::Drain => match self.oldest_op(q, None) {
+                Some(step) => step,
+                None => {
+                    q.failed.clear();
+                    if let Some(e) = q.first_failure.take() {
+                        self.result = Err(Error::clone(&e));
+                    }
+                    self.over()
+                }
+            },
+            Plan::Poll { .. } => self.poll(q),
+            Plan::Wait { .. } => self.wait(q),
+            Plan::Close => self.close(q),
+            Plan::Over => Step::Done,
+        }
+    }
+
+    pub(super) fn over(&mut self) -> Step<C> {
+        self.plan = Plan::Over;
+        Step::Done
+    }
+
+    /// The next op of the oldest flight, of one comm or of all; none: nothing is in flight. Waits.
+    pub(super) fn oldest_op(&mut self, q: &mut Queue<C>, comm: Option<u64>) -> Option<Step<C>> {
+        let index = match comm {
+            Some(id) => q.oldest(id)?,
+            None if q.flights.is_empty() => return None,
+            None => 0,
+        };
+        let end = q.flights[index].end;
+        self.bucketer.complete(q, index, end, None);
+        Some(self.take_out(q, index, end))
+    }
+
+    /// Room for one more bucket of a comm in flight; or the step that makes it.
+    pub(super) fn make_room(&mut self, q: &mut Queue<C>, comm: u64) -> Option<Step<C>> {
+        if q.in_flight(comm) < IN_FLIGHT {
+            return None;
+        }
+        if self.nested {
+            // Callbacks wait for the running one; their bucket is completed all the same.
+            if let Some(index) = q.oldest(comm) {
+                let end = q.flights[index].end;
+                self.bucketer.complete(q, index, end, None);
+            }
+            return None;
+        }
+        if self.guard.is_none() {
+            return Some(Step::NeedsTurn);
+        }
+        self.oldest_op(q, Some(comm))
+    }
+
+    /// # Safety
+    /// As for `step`.
+    pub(super) unsafe fn submit(&mut self, q: &mut Held<'_, C>) -> Step<C> {
+        let Plan::Submit { comm, ask, ticket } = &self.plan else {
+            return Step::Done;
+        };
+        let (comm, ask, accepted) = (comm.clone(), *ask, *ticket != 0);
+        if accepted {
+            // A direct op: the buckets launched before it on its comm, then its own callback.
+            let direct = |q: &Queue<C>| {
+                let mut flights = q.flights.iter();
+                flights.any(|f| f.direct && f.comm.id() == comm.id())
+            };
+            if self.guard.is_none() || !direct(q) {
+                return Step::Done;
+            }
+            return self.oldest_op(q, Some(comm.id())).unwrap_or(Step::Done);
+        }
+        // SAFETY: by the promise of this function.
+        match unsafe { self.take(q, &comm, &ask) } {
+            Ok(Taken::Accepted(number)) => {
+                if let Plan::Submit { ticket, .. } = &mut self.plan {
+                    *ticket = number;
+                }
+                Step::Again
+            }
+            Ok(Taken::First(step)) => step,
+            Err(e) => self.refuse(e),
+        }
+    }
+
+    /// Takes the op, or says what must come before.
+    ///
+    /// # Safety
+    /// As for `step`.
+    unsafe fn take(
+        &mut self,
+        q: &mut Held<'_, C>,
+        comm: &Arc<Endpoint>,
+        ask: &Ask<C>,
+    ) -> Result<Taken<C>> {
+        let bucketer = self.bucketer;
+        if q.closing {
+            let text = "bucketer: it is being freed; expected a live one";
+            return Err(Error::new(Status::BadHandle, text));
+        }
+        if q.owes() && !self.nested && self.guard.is_none() {
+            return Ok(Taken::First(Step::NeedsTurn));
+        }
+        let index = bucketer.lane_of(q, comm, ask.dtype, ask.op);
+        let lane = &q.lanes[index];
+        let capacity = lane.capacity.unwrap_or(0);
+        if lane.capacity.is_none() || ask.numel > capacity {
+            if !self.nested && self.guard.is_none() {
+                return Ok(Taken::First(Step::NeedsTurn));
+            }
+            // SAFETY: by the promise of this function.
+            return unsafe { bucketer.direct(q, index, comm, ask, self.nested) }
+                .map(Taken::Accepted);
+        }
+        let left = capacity - lane.open.as_ref().map_or(0, |o| o.used);
+        let (too_large, fills) = (ask.numel > left, ask.numel == left && ask.numel > 0);
+        if too_large || fills {
+            if let Some(step) = self.make_room(q, comm.id()) {
+                return Ok(Taken::First(step));
+            }
+        }
+        if too_large {
+            // Memory that is missing is missed before anything changes.
+            let bytes = ask.numel * ask.finish.output.size();
+            if ask.output.is_null() && q.reserved.is_none() {
+                q.reserved = Some((q.cache.take(bytes)?, bytes));
+            }
+            comm.prepare_next(q.lanes[index].id, ask.numel, &bucketer.pool)?;
+            bucketer.launch_lane(q, index, true)?;
+            // What is open and in flight has changed: look again.
+            return Ok(Taken::First(Step::Again));
+        }
+        // SAFETY: by the promise of this function.
+        let ticket = unsafe { bucketer.gather_first(q, index, comm, ask) }?;
+        if fills {
+            // The op is accepted: should the comm fail right now, its callback tells.
+            let _ = bucketer.launch_lane(q, index, true);
+        }
+        Ok(Taken::Accepted(ticket))
+    }
+
+    pub(super) fn refuse(&mut self, e: Error) -> Step<C> {
+        self.result = Err(e);
+        self.over()
+    }
+
+    /// Tells every comm with something open that a launch or flush comes.
+    pub(super) fn announce(&self, q: &mut Queue<C>, kind: CallKind) -> Result<()> {
+        let mut told: Vec<u64> = Vec::new();
+        let mut result = Ok(());
+        let mut order: Vec<(u64, usize)> = Vec::new();
+        order.extend(
+            q.lanes
+                .iter()
+                .enumerate()
+                .filter_map(|(i, l)| Some((l.open.as_ref()?.order, i))),
+        );
+        order.sort_unstable();
+        for (_, index) in order {
+            let Some(open) = &q.lanes[index].open else {
+                continue;
+            };
+            let comm = &open.comm;
+            if told.contains(&comm.id()) {
+                continue;
+            }
+            told.push(comm.id());
+            let ordinal = q.ordinal(comm.id()).unwrap_or_else(|| comm.next_ordinal());
+            let call = self.bucketer.call(ordinal, kind);
+            result = result.and(comm.announce(&call, &mut Meter::default()));
+        }
+        result
+    }
+
+    pub(super) fn launch(&mut self, q: &mut Queue<C>) -> Step<C> {
+        let Plan::Launch { kind, limit, .. } = self.plan else {
+            return Step::Done;
+        };
+        let Some(limit) = limit else {
+            let told = self.announce(q, kind);
+            let limit = Some(q.orders + 1);
+            self.plan = Plan::Launch {
+                kind,
+                limit,
+                result: told,
+            };
+            return Step::Again;
+        };
+        if let Some(index) = q.first_open(limit) {
+            if let Some(step) = self.make_room(q, q.lanes[index].comm_id) {
+                return step;
+            }
+            let launched = self.bucketer.launch_lane(q, index, false);
+            if let Plan::Launch { result, .. } = &mut self.plan {
+                let before = std::mem::replace(result, Ok(()));
+                *result = before.and(launched);
+            }
+            return Step::Again;
+        }
+        let plan = match kind {
+            CallKind::Flush => Plan::Drain,
+            _ => Plan::Over,
+        };
+        if let Plan::Launch { result, .. } = std::mem::replace(&mut self.plan, plan) {
+            self.result = result;
+        }
+        Step::Again
+    }
+
+    pub(super) fn poll(&mut self, q: &mut Queue<C>) -> Step<C> {
+        let Plan::Poll { looked } = &mut self.plan else {
+            return Step::Done;
+        };
+        if !std::mem::replace(looked, true) {
+            let mut meter = Meter::default();
+            let mut told: Vec<u64> = Vec::new();
+            for flight in &q.flights {
+                if !told.contains(&flight.comm.id()) {
+                    told.push(flight.comm.id());
+                    flight.comm.carry_on(&mut meter);
+                }
+            }
+            self.bucketer.counters.meter(&meter);
+        }
+        // The oldest of each comm that is over.
+        let mut behind: Vec<u64> = Vec::new();
+        for index in 0..q.flights.len() {
+            let flight = &mut q.flights[index];
+            let comm = flight.comm.id();
+            if behind.contains(&comm) {
+                continue;
+            }
+            if flight.outcome.is_none() {
+                let (done, failure) = flight.comm.completed(flight.lane);
+                if failure.is_some() || done >= flight.end {
+                    let failure = failure.map(Arc::new);
+                    flight.outcome = Some(queue::Outcome { done, failure });
+                }
+            }
+            if flight.outcome.is_none() {
+                behind.push(comm);
+                continue;
+            }
+            let end = flight.end;
+            let step = self.take_out(q, index, end);
+            let failed = self.batch.iter().find_map(|(op, _)| op.error.as_ref());
+            if let (Some(e), true) = (failed, self.result.is_ok()) {
+                self.result = Err(Error::clone(e));
+            }
+            return step;
+        }
+        self.over()
+    }
+
+    pub(super) fn wait(&mut self, q: &mut Queue<C>) -> Step<C> {
+        let Plan::Wait {
+            ticket,
+            limit,
+            found,
+        } = self.plan
+        else {
+            return Step::Done;
+        };
+        let (comm, lane, upto) = match found {
+            Some(found) => found,
+            None => match self.bucketer.find(q, ticket) {
+                Ok(Found::InFlight { comm, lane, upto }) => (comm, lane, upto),
+                Ok(Found::Over) => return self.over(),
+                Err(e) => return self.refuse(e),
+            },
+        };
+        if found.is_none() {
+            // Only now, while nothing is handed out, may the caller's own time run out.
+            let target = q.flights.iter().position(|f| {
+                f.comm.id() == comm
+                    && f.lane == lane
+                    && !f.direct
+                    && (f.first..f.end).contains(&(upto - 1))
+            });
+            if let Some(index) = target {
+                if !self.bucketer.complete(q, index, upto, limit) {
+                    let text = format!("ticket: {ticket} is not complete yet");
+                    return self.refuse(Error::new(Status::Pending, text));
+                }
+            }
+            self.plan = Plan::Wait {
+                ticket,
+                limit,
+                found: Some((comm, lane, upto)),
+            };
+        }
+        // Everything up to the op, in launch order; it is over when the op is no longer there.
+        match self.bucketer.find(q, ticket) {
+            Ok(Found::InFlight { .. }) => {}
+            Ok(Found::Over) => return self.over(),
+            Err(e) => return self.refuse(e),
+        }
+        let Some(index) = q.oldest(comm) else {
+            return self.over();
+        };
+        let flight = &q.flights[index];
+        let own = flight.lane == lane
+            && !flight.direct
+            && (flight.first..flight.end).contains(&(upto - 1));
+        let target = if own { upto } else { flight.end };
+        self.bucketer.complete(q, index, target, None);
+        self.take_out(q, index, target)
+    }
+
+    pub(super) fn close(&mut self, q: &mut Queue<C>) -> Step<C> {
+        q.closing = true;
+        if let Some(step) = self.oldest_op(q, None) {
+            return step;
+        }
+        if let Some(index) = q.first_open(u64::MAX) {
+            let lane = &mut q.lanes[index];
+            // Results go nowhere from here on, whatever peers still do.
+            lane.close();
+            if let Some(open) = &mut lane.open {
+                if let Some(op) = open.ops.pop_front() {
+                    let text = "the bucketer was freed before this op was launched";
+                    let error = Arc::new(Error::new(Status::Cancelled, text));
+                    let (op, block) = self.bucketer.completion(q, op, Some(error));
+                    return Step::Op(op, block);
+                }
+            }
+            lane.open = None;
+            return Step::Again;
+        }
+        let reserved = q.reserved.take();
+        reserved.into_iter().for_each(|(b, _)| q.cache.put(b));
+        q.cache.free_idle();
+        self.over()
+    }
+}
