@@ -1,7 +1,8 @@
 /* train_digits.c - trains a small network on handwritten digits, sharded over processes of this host, with rsbucket.
  *
  * The program starts its own ranks. It then trains again with other bucket sizes and with none, and shows that the
- * final weights are the same to the bit: bucketing changes the number of collectives, never the result. */
+ * final weights are the same to the bit: bucketing changes the number of collectives, never the result. With --kill-rank
+ * one rank kills itself on the way, and the others finish without it. */
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
 #include <signal.h>
@@ -30,6 +31,7 @@ static const uint64_t timeout_ns = UINT64_C(30000000000);
 
 struct options {
   long ranks, epochs, batch, bucket_kb;
+  long kill_rank, at_step; /* at_step 0: nobody is killed */
   const char *data;
 };
 
@@ -40,6 +42,8 @@ static const char usage[] =
     "  --epochs N     passes over the training images, 1 to 1000 (default 20)\n"
     "  --batch N      images a step, from the number of ranks to 1437 (default 48)\n"
     "  --bucket-kb N  size of a bucket in KiB, 1 to 1048576 (default 16)\n"
+    "  --kill-rank R  this rank kills itself, and the others go on without it (with --at-step)\n"
+    "  --at-step S    when: at the beginning of step S, counted from 1\n"
     "  --data FILE    the images (default: data/digits.csv here or in the source tree of the program)\n"
     "  --help         this text\n";
 
@@ -72,16 +76,19 @@ static int parse_options(int argc, char **argv, struct options *o) {
       {"--epochs", 1, 1000, &o->epochs},
       {"--batch", 1, DIGITS_TRAIN, &o->batch},
       {"--bucket-kb", 1, 1048576, &o->bucket_kb},
+      {"--kill-rank", 0, RANKS_MAX - 1, &o->kill_rank},
+      {"--at-step", 1, 1000L * DIGITS_TRAIN, &o->at_step},
   };
+  enum { NUMBERS = sizeof numbers / sizeof numbers[0] };
   for (int i = 1; i < argc; i++) {
     size_t n = 0;
-    while (n < 4 && strcmp(argv[i], numbers[n].name) != 0) n++;
-    if (n == 4 && strcmp(argv[i], "--data") != 0) {
+    while (n < NUMBERS && strcmp(argv[i], numbers[n].name) != 0) n++;
+    if (n == NUMBERS && strcmp(argv[i], "--data") != 0) {
       return usage_error("unknown option '%s' (see --help)", argv[i]);
     }
     if (i + 1 == argc) return usage_error("%s needs a value (see --help)", argv[i]);
     const char *value = argv[++i];
-    if (n == 4) {
+    if (n == NUMBERS) {
       o->data = value;
     } else if (!parse_number(value, numbers[n].min, numbers[n].max, numbers[n].value)) {
       return usage_error("%s is '%s', expected a number from %ld to %ld", numbers[n].name, value, numbers[n].min,
@@ -91,6 +98,12 @@ static int parse_options(int argc, char **argv, struct options *o) {
   if (o->batch < o->ranks) {
     return usage_error("--batch is %ld, expected at least one image for each of the %ld ranks", o->batch, o->ranks);
   }
+  if ((o->kill_rank < 0) != (o->at_step == 0)) return usage_error("--kill-rank and --at-step need each other");
+  if (o->kill_rank >= o->ranks || (o->kill_rank >= 0 && o->ranks < 2)) {
+    return usage_error("--kill-rank is %ld, expected one of at least two ranks, below %ld", o->kill_rank, o->ranks);
+  }
+  long steps = (DIGITS_TRAIN + o->batch - 1) / o->batch * o->epochs;
+  if (o->at_step > steps) return usage_error("--at-step is %ld, expected at most the %ld steps", o->at_step, steps);
   return 0;
 }
 
@@ -101,6 +114,7 @@ struct job {
   const struct digits *digits;
   rsb_comm *comm;
   uint32_t rank, size;
+  int doomed; /* this rank will kill itself */
 };
 
 struct outcome {
@@ -109,6 +123,13 @@ struct outcome {
   size_t correct; /* test images, on rank 0 */
   struct trainer_report report;
 };
+
+static rsb_comm_config comm_config(void) {
+  rsb_comm_config config = RSB_COMM_CONFIG_INIT;
+  config.timeout_ns = timeout_ns;
+  config.label = "train_digits";
+  return config;
+}
 
 static double now(void) {
   struct timespec t;
@@ -139,12 +160,26 @@ static void draw_bar(long epoch, long epochs, size_t done) {
   fflush(stdout);
 }
 
+/* A rank is lost: the others share its part, and their ranks may have changed. */
+static rsb_status survive(struct job *job, struct trainer *trainer, int64_t bucket_bytes, size_t step, rsb_error *err) {
+  rsb_error cause = *err;
+  rsb_comm_config config = comm_config();
+  rsb_status status = trainer_survive(trainer, &job->comm, &config, bucket_bytes, err);
+  if (status != RSB_OK) return status;
+  job->rank = rsb_comm_rank(job->comm);
+  job->size = rsb_comm_size(job->comm);
+  if (job->rank == 0) {
+    printf("%sstep %zu: %s; %u go on with new shards, Adam's state starts again\n",
+           isatty(STDOUT_FILENO) ? "\r" : "", step + 1, cause.message, (unsigned)job->size);
+  }
+  return RSB_OK;
+}
+
 /* All epochs with one network, one bucketer and buckets of `bucket_bytes`. Only rank 0 of a loud run prints. */
-static rsb_status train_epochs(const struct job *job, struct trainer *trainer, int loud, struct outcome *out,
-                               rsb_error *err) {
+static rsb_status train_epochs(struct job *job, struct trainer *trainer, int64_t bucket_bytes, int loud,
+                               struct outcome *out, rsb_error *err) {
   const struct options *o = job->options;
   size_t batch = (size_t)o->batch, steps = (DIGITS_TRAIN + batch - 1) / batch, step = 0;
-  int print = loud && job->rank == 0, bar = print && isatty(STDOUT_FILENO);
   uint64_t seed = order_seed;
   for (long epoch = 1; epoch <= o->epochs; epoch++) {
     const struct digit *images[DIGITS_TRAIN];
@@ -153,22 +188,34 @@ static rsb_status train_epochs(const struct job *job, struct trainer *trainer, i
     for (size_t i = 0; i < DIGITS_TRAIN; i++) images[i] = &job->digits->train[order[i]];
 
     double loss = 0, losses[RANKS_MAX], begin = now();
-    for (size_t at = 0; at < DIGITS_TRAIN; at += batch, step++) {
+    size_t seen = 0; /* images in the loss: those of this epoch, or since a rank was lost */
+    for (size_t at = 0; at < DIGITS_TRAIN;) {
       size_t count = DIGITS_TRAIN - at < batch ? DIGITS_TRAIN - at : batch;
       float rate = first_learning_rate * (1 - (float)step / (float)(steps * (size_t)o->epochs));
+      if (job->doomed && step + 1 == (size_t)o->at_step) raise(SIGKILL);
       rsb_status status = trainer_step(trainer, images + at, count, rate, &loss, err);
+      if (status == RSB_ERR_PEER_LOST && o->at_step != 0) {
+        status = survive(job, trainer, bucket_bytes, step, err);
+        if (status != RSB_OK) return status;
+        loss = 0;
+        seen = 0;
+        continue; /* the same step again */
+      }
       if (status != RSB_OK) return status;
-      if (bar) draw_bar(epoch, o->epochs, at + count);
+      at += count;
+      seen += count;
+      step++;
+      if (loud && job->rank == 0 && isatty(STDOUT_FILENO)) draw_bar(epoch, o->epochs, at);
     }
     double step_ms = (now() - begin) * 1e3 / (double)steps;
 
     rsb_status status = rsb_comm_all_gather(job->comm, &loss, losses, sizeof loss, err);
     if (status != RSB_OK) return status;
-    if (!print) continue;
+    if (!loud || job->rank != 0) continue;
     for (uint32_t r = 1; r < job->size; r++) losses[0] += losses[r];
     out->correct = test_correct(trainer->net, job->digits);
-    printf("%sepoch %3ld/%ld  loss %.4f  test accuracy %6.2f %%  %.2f ms a step\n", bar ? "\r" : "", epoch, o->epochs,
-           losses[0] / DIGITS_TRAIN, percent(out->correct), step_ms);
+    printf("%sepoch %3ld/%ld  loss %.4f  test accuracy %6.2f %%  %.2f ms a step\n",
+           isatty(STDOUT_FILENO) ? "\r" : "", epoch, o->epochs, losses[0] / (double)seen, percent(out->correct), step_ms);
     fflush(stdout);
   }
   return RSB_OK;
@@ -187,10 +234,12 @@ static rsb_status compare_weights(const struct job *job, const struct mlp *net, 
   return RSB_OK;
 }
 
-static rsb_status train(const struct job *job, int64_t bucket_bytes, int loud, struct outcome *out, rsb_error *err) {
+static rsb_status train(struct job *job, int64_t bucket_bytes, int loud, struct outcome *out, rsb_error *err) {
   struct mlp net;
   struct trainer trainer;
-  size_t own_images = ((size_t)job->options->batch + job->size - 1) / job->size;
+  /* If a rank is to be lost, the others will have more. */
+  size_t sharers = job->size - (job->options->at_step != 0), batch = (size_t)job->options->batch;
+  size_t own_images = (batch + sharers - 1) / sharers;
   rsb_status status;
   if (mlp_init(&net, own_images, weight_seed) != 0) {
     rsb_error none = {RSB_ERR_NO_MEMORY, 0, -1, 0, "no memory for the network"};
@@ -199,7 +248,7 @@ static rsb_status train(const struct job *job, int64_t bucket_bytes, int loud, s
   }
   status = trainer_open(&trainer, job->comm, &net, bucket_bytes, err);
   if (status == RSB_OK) {
-    status = train_epochs(job, &trainer, loud, out, err);
+    status = train_epochs(job, &trainer, bucket_bytes, loud, out, err);
     if (status == RSB_OK) status = compare_weights(job, &net, out, err);
     if (status == RSB_OK) status = trainer_report(&trainer, bucket_bytes, &out->report, err);
     rsb_error close_error;
@@ -229,7 +278,7 @@ static void print_report(const struct job *job, const struct outcome *out) {
 }
 
 /* The loud run, then the same run with bucketing off and with two other bucket sizes. *same: all weights are equal. */
-static rsb_status train_and_prove(const struct job *job, int *same, rsb_error *err) {
+static rsb_status train_and_prove(struct job *job, int *same, rsb_error *err) {
   int64_t bucket = (int64_t)job->options->bucket_kb * 1024, others[] = {-1, bucket / 4, bucket * 4};
   struct outcome first, other;
   memset(&first, 0, sizeof first);
@@ -238,7 +287,10 @@ static rsb_status train_and_prove(const struct job *job, int *same, rsb_error *e
   if (status != RSB_OK) return status;
   if (job->rank == 0) print_report(job, &first);
   *same = first.agreed;
-  for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) {
+  /* Where in the sequence of ops a rank is lost is not the same twice: there is nothing to compare with. */
+  size_t again = job->options->at_step != 0 ? 0 : sizeof others / sizeof others[0];
+  if (again == 0 && job->rank == 0) printf("not trained again with other bucket sizes: a rank was lost\n");
+  for (size_t i = 0; i < again; i++) {
     if (job->rank == 0) fflush(stdout);
     status = train(job, others[i], 0, &other, err);
     if (status != RSB_OK) return status;
@@ -268,9 +320,7 @@ static int rank_failed(int errors, uint32_t rank, const char *what, const char *
 }
 
 static int run_rank(struct job *job, const char *name, int errors) {
-  rsb_comm_config config = RSB_COMM_CONFIG_INIT;
-  config.timeout_ns = timeout_ns;
-  config.label = "train_digits";
+  rsb_comm_config config = comm_config();
   rsb_error err;
   rsb_status status = rsb_comm_create_shm(name, job->rank, job->size, &config, &job->comm, &err);
   if (status != RSB_OK) return rank_failed(errors, job->rank, rsb_status_name(status), err.message);
@@ -320,7 +370,7 @@ static int run_ranks(const struct options *options, const struct digits *digits)
   for (long rank = 0; rank < options->ranks; rank++) {
     children[rank] = fork();
     if (children[rank] == 0) {
-      struct job job = {options, digits, NULL, (uint32_t)rank, (uint32_t)options->ranks};
+      struct job job = {options, digits, NULL, (uint32_t)rank, (uint32_t)options->ranks, rank == options->kill_rank};
       close(errors[0]);
       exit(run_rank(&job, name, errors[1]));
     }
@@ -338,6 +388,7 @@ static int run_ranks(const struct options *options, const struct digits *digits)
   close(errors[0]);
   for (long rank = 0; rank < options->ranks; rank++) {
     while (waitpid(children[rank], &status, 0) < 0 && errno == EINTR) continue;
+    if (rank == options->kill_rank && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) continue; /* as asked */
     if (WIFSIGNALED(status) && killed[0] == '\0') {
       snprintf(killed, sizeof killed, "rank %ld was killed by signal %d", rank, WTERMSIG(status));
     }
@@ -352,7 +403,7 @@ static int run_ranks(const struct options *options, const struct digits *digits)
 
 int main(int argc, char **argv) {
   static struct digits digits;
-  struct options options = {4, 20, 48, 16, NULL};
+  struct options options = {4, 20, 48, 16, -1, 0, NULL};
   char message[LINE_SIZE];
   for (int i = 1; i < argc; i++) {
     if (strcmp(argv[i], "--help") == 0) return fputs(usage, stdout) < 0 ? EXIT_FAILURE : EXIT_SUCCESS;

@@ -140,6 +140,18 @@ rsb_status trainer_step(struct trainer *t, const struct digit *const *images, si
   return RSB_OK;
 }
 
+rsb_status trainer_survive(struct trainer *t, rsb_comm **comm, const rsb_comm_config *config, int64_t bucket_bytes,
+                           rsb_error *err) {
+  struct mlp *net = t->net;
+  rsb_comm *smaller;
+  rsb_status status = trainer_close(t, err);
+  if (status == RSB_OK) status = rsb_comm_shrink(*comm, config, &smaller, err);
+  if (status != RSB_OK) return status;
+  rsb_comm_free(*comm);
+  *comm = smaller;
+  return trainer_open(t, smaller, net, bucket_bytes, err);
+}
+
 rsb_status trainer_report(const struct trainer *t, int64_t bucket_bytes, struct trainer_report *out, rsb_error *err) {
   rsb_status status = rsb_bucketer_stats(t->bucketer, &out->stats, sizeof out->stats);
   if (status != RSB_OK) return report_error(err, status, "rsb_bucketer_stats was refused");
@@ -154,5 +166,6 @@ rsb_status trainer_close(struct trainer *t, rsb_error *err) {
   free(t->weights);
   free(t->mean);
   free(t->square);
+  memset(t, 0, sizeof *t);
   return status == RSB_OK ? status : report_error(err, status, "rsb_bucketer_free was refused");
 }

@@ -36,12 +36,17 @@ struct trainer_report {
   double fill; /* mean fill of the buckets, 0..1; negative: there were none */
 };
 
-/* All return RSB_OK, or an error that is written to `err`. A trainer that failed to open needs no close. */
+/* All return RSB_OK, or an error that is written to `err`. A trainer that failed to open needs no close; a
+ * second close does nothing. */
 rsb_status trainer_open(struct trainer *trainer, rsb_comm *comm, struct mlp *net, int64_t bucket_bytes,
                         rsb_error *err);
 /* One step on images[0..count), of which this rank takes every size-th. Adds its images' losses to *loss. */
 rsb_status trainer_step(struct trainer *trainer, const struct digit *const *images, size_t count, float learning_rate,
                         double *loss, rsb_error *err);
+/* After RSB_ERR_PEER_LOST: the survivors form a smaller comm, which takes the place of *comm, and cut the shards anew
+ * from the weights of the last whole step, which every rank has. Adam's state was sharded: it starts again. */
+rsb_status trainer_survive(struct trainer *trainer, rsb_comm **comm, const rsb_comm_config *config,
+                           int64_t bucket_bytes, rsb_error *err);
 rsb_status trainer_report(const struct trainer *trainer, int64_t bucket_bytes, struct trainer_report *out,
                           rsb_error *err);
 rsb_status trainer_close(struct trainer *trainer, rsb_error *err);

@@ -50,6 +50,7 @@ void report_number(const char *key, uint64_t value) {
 /* Values are ours, of the machine, or names: none has a quote or a backslash. */
 void report_text(const char *key, const char *value) {
   printf("  %-44s %s\n", key, value);
+  fflush(stdout);
   json_add("%s\n  \"%s\": \"%s\"", json_length == 1 ? "" : ",", key, value);
 }
 

@@ -91,8 +91,8 @@ impl<C: Copy + Send> Turn<'_, C> {
             if let Some((op, block)) = q.owed.pop_front() {
                 return Step::Op(op, block);
             }
-            if q.flights.front().is_some_and(|f| f.owed) {
-                return self.oldest_op(q, None).unwrap_or(Step::Again);
+            if let Some(step) = self.owed_flight(q) {
+                return step;
             }
         }
         match &mut self.plan {
@@ -119,6 +119,21 @@ impl<C: Copy + Send> Turn<'_, C> {
     pub(super) fn over(&mut self) -> Step<C> {
         self.plan = Plan::Over;
         Step::Done
+    }
+
+    /// The next op of a flight whose callbacks a call owes that an exception has ended. It is waited for,
+    /// so that callbacks come at the same place on every rank; but for a poll, and a wait with a limit,
+    /// which take what is complete.
+    fn owed_flight(&mut self, q: &mut Queue<C>) -> Option<Step<C>> {
+        let front = q.flights.front().filter(|f| f.owed)?;
+        match self.plan {
+            Plan::Poll { .. } | Plan::Wait { limit: Some(_), .. } => {
+                let (end, over) = (front.end, front.outcome.is_some());
+                let over = over || front.comm.completed(front.lane).0 >= end;
+                over.then(|| self.take_out(q, 0, end))
+            }
+            _ => self.oldest_op(q, None),
+        }
     }
 
     /// The next op of the oldest flight, of one comm or of all; none: nothing is in flight. Waits.
@@ -209,7 +224,7 @@ impl<C: Copy + Send> Turn<'_, C> {
                 return Ok(Taken::First(Step::NeedsTurn));
             }
             // SAFETY: by the promise of this function.
-            return unsafe { bucketer.direct(q, index, comm, ask, self.nested) }
+            return unsafe { bucketer.direct(q, index, comm, ask, self.nested && !self.abandoned) }
                 .map(Taken::Accepted);
         }
         let left = capacity - lane.open.as_ref().map_or(0, |o| o.used);

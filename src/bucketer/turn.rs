@@ -24,6 +24,8 @@ pub struct Turn<'a, C: Copy + Send> {
     /// Callbacks run under this; none: nobody needs one, or the call is made by a callback.
     pub(super) guard: Option<MutexGuard<'a, ()>>,
     pub(super) nested: bool,
+    /// A callback has thrown: no further one runs in this call.
+    pub(super) abandoned: bool,
     /// Taken out together, to be handed out one by one.
     pub(super) batch: VecDeque<(Completion<C>, Option<Block>)>,
     /// Handed out; their memory goes back with the next look at the queue.
@@ -41,6 +43,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
         let mut turn = Turn {
             bucketer,
             nested,
+            abandoned: false,
             result: Ok(()),
             guard: None,
             batch: VecDeque::new(),
@@ -172,12 +175,14 @@ impl<C: Copy + Send> Turn<'_, C> {
             q.owed.push_front(op);
         }
         let nested = std::mem::replace(&mut self.nested, true);
+        self.abandoned = true;
         match self.plan {
-            Plan::Launch {
-                kind,
-                limit: Some(limit),
-                ..
-            } => {
+            Plan::Launch { kind, limit, .. } => {
+                let limit = limit.unwrap_or_else(|| {
+                    // What fails now is told to the ops.
+                    let _ = self.announce(&mut q, kind);
+                    q.orders + 1
+                });
                 while let Some(index) = q.first_open(limit) {
                     let comm = q.lanes[index].comm_id;
                     self.make_room(&mut q, comm);
@@ -196,6 +201,9 @@ impl<C: Copy + Send> Turn<'_, C> {
                     && self.ticket().is_none()
                 {}
                 self.guard = guard;
+                if q.flights.back().is_some_and(|f| f.direct) {
+                    q.flights.iter_mut().for_each(|f| f.owed = true);
+                }
             }
             _ => {}
         }

@@ -1,25 +1,41 @@
 //! A group whose ranks are threads: the ring's memory in this process alone.
 
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::control::Layout;
 use super::group::Group;
 use super::mapping::Mapping;
 use crate::error::{Error, Result, Status};
 
+/// How long a survivor waits before it looks again whether the others still live.
+const SLICE: Duration = Duration::from_millis(1);
+
 /// The memory of a group whose ranks are threads.
 pub struct Threads {
     ranks: Vec<Mapping>,
     word: AtomicU64,
-    /// The smaller group that survivors form, and what of it is not taken yet.
-    next: Mutex<Option<Reborn>>,
+    /// The smaller group that survivors are forming.
+    next: Mutex<Option<Arc<Forming>>>,
 }
 
-struct Reborn {
+/// A group that survivors form: all of them get their ends, or none.
+struct Forming {
     survivors: Vec<u32>,
-    threads: Arc<Threads>,
-    ends: Vec<Option<Group>>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// The new group's memory, and its ends until they are taken.
+type Formed = (Arc<Threads>, Vec<Option<Group>>);
+
+#[derive(Default)]
+struct State {
+    /// Who has come, and how each wants the memory to be.
+    come: Vec<(u32, Layout)>,
+    /// Once all have come: what became of it, and the ends that are not taken yet.
+    formed: Option<Result<Formed>>,
 }
 
 /// The ends of a group of `size` threads, and what they share.
@@ -56,35 +72,74 @@ pub fn create(size: u32, layout: Layout) -> Result<(Vec<Group>, Arc<Threads>)> {
     Ok(((0..size).map(group).collect(), memory))
 }
 
-/// Rank `rank`'s end of the group that `survivors` form: the first of them makes it for all.
+/// Rank `rank`'s end of the group that `survivors` form. Waits until all of them have come; gives up
+/// when `hopeless` says so.
 pub fn reborn(
     threads: &Threads,
     survivors: &[u32],
     rank: u32,
     layout: Layout,
+    hopeless: impl Fn() -> bool,
 ) -> Result<(Group, Arc<Threads>)> {
-    let mut next = threads.next.lock().unwrap_or_else(PoisonError::into_inner);
-    if next.as_ref().is_none_or(|n| n.survivors != survivors) {
-        let (ends, threads) = create(survivors.len() as u32, layout)?;
-        *next = Some(Reborn {
-            survivors: survivors.to_vec(),
-            threads,
-            ends: ends.into_iter().map(Some).collect(),
-        });
+    let forming = meeting_of(threads, survivors);
+    let mut state = forming.state.lock().unwrap_or_else(PoisonError::into_inner);
+    state.come.push((rank, layout));
+    if state.come.len() == survivors.len() {
+        state.formed = Some(form(&state.come));
+        forming.changed.notify_all();
     }
-    let place = survivors.iter().position(|&r| r == rank);
-    let made = next.as_mut().zip(place);
-    let Some((made, end)) = made.and_then(|(n, p)| n.ends[p].take().map(|end| (n, end))) else {
-        let text = format!("rank {rank} has its end of the smaller comm already");
-        return Err(Error::new(Status::InvalidArgument, text));
+    loop {
+        match &mut state.formed {
+            Some(Ok((next, ends))) => {
+                let place = survivors.iter().position(|&r| r == rank);
+                if let Some(end) = place.and_then(|p| ends[p].take()) {
+                    return Ok((end, next.clone()));
+                }
+                let text = format!("rank {rank} is in rsb_comm_shrink twice");
+                return Err(Error::new(Status::InvalidArgument, text));
+            }
+            Some(Err(e)) => return Err(e.clone()),
+            None if hopeless() => {
+                state.come.retain(|&(r, _)| r != rank);
+                let text = "a survivor has not come to form the smaller comm";
+                return Err(Error::new(Status::Timeout, text));
+            }
+            None => {}
+        }
+        let waited = forming.changed.wait_timeout(state, SLICE);
+        state = waited.unwrap_or_else(PoisonError::into_inner).0;
+    }
+}
+
+/// Where `survivors` meet: a meeting that is over is none.
+fn meeting_of(threads: &Threads, survivors: &[u32]) -> Arc<Forming> {
+    let mut next = threads.next.lock().unwrap_or_else(PoisonError::into_inner);
+    let open = |f: &&Arc<Forming>| {
+        let state = f.state.lock().unwrap_or_else(PoisonError::into_inner);
+        f.survivors == survivors && state.formed.is_none()
     };
-    if end.layout().geometry != layout.geometry {
+    if let Some(forming) = next.as_ref().filter(open) {
+        return forming.clone();
+    }
+    let forming = Arc::new(Forming {
+        survivors: survivors.to_vec(),
+        state: Mutex::default(),
+        changed: Condvar::new(),
+    });
+    *next = Some(forming.clone());
+    forming
+}
+
+/// The group of all who have come, if they agree about it.
+fn form(come: &[(u32, Layout)]) -> Result<Formed> {
+    let (first, layout) = come[0];
+    if let Some((other, theirs)) = come.iter().find(|(_, l)| l.geometry != layout.geometry) {
         let text = format!(
-            "staging_bytes differs between the survivors: {} chunks and {}",
-            layout.geometry.chunks,
-            end.layout().geometry.chunks
+            "staging_bytes differs: {} chunks on rank {first}, {} on rank {other}",
+            layout.geometry.chunks, theirs.geometry.chunks
         );
         return Err(Error::new(Status::ConfigMismatch, text));
     }
-    Ok((end, made.threads.clone()))
+    let (ends, threads) = create(come.len() as u32, layout)?;
+    Ok((threads, ends.into_iter().map(Some).collect()))
 }

@@ -285,8 +285,11 @@ impl<'a> Guest<'a> {
             let what = format_args!("job {}: listening to rank 0", self.join.name);
             failed(status_of(&e), what, &e)
         };
+        let mut reset = false;
         loop {
             match self.socket.receive(MOST_DESCRIPTORS) {
+                // Rank 0 has closed without reading all: what it said before is still to be heard.
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset && !reset => reset = true,
                 Ok(packet) if packet.cut => {
                     let cause = blame(io::Error::from_raw_os_error(libc::EMFILE));
                     self.say(&Message::Fail(cause.clone()), &[]);

@@ -67,7 +67,19 @@ impl RunDir {
             )
         };
         let failed = |e: io::Error| {
-            refused(format_args!("{e}")).native(e.raw_os_error().unwrap_or_default())
+            let code = e.raw_os_error().unwrap_or_default();
+            let mut error = refused(format_args!("{e}")).native(code);
+            let scarce = [
+                libc::EMFILE,
+                libc::ENFILE,
+                libc::ENOMEM,
+                libc::ENOSPC,
+                libc::EDQUOT,
+            ];
+            if scarce.contains(&code) {
+                error.status = Status::NoMemory;
+            }
+            error
         };
         make(&path).map_err(failed)?;
         let dir = OpenOptions::new()

@@ -51,8 +51,14 @@ pub fn shrink(
             Err(e) => break Err(e),
         };
         let formed = match origin {
-            Origin::Local(threads) => local::reborn(threads, &survivors, group.rank(), layout)
-                .map(|(end, threads)| (end, Origin::Local(threads))),
+            Origin::Local(threads) => {
+                let late = || deadline.is_some_and(|d| Instant::now() >= d);
+                let gone = || survivors.iter().any(|&r| group.is_gone(r).is_some());
+                local::reborn(threads, &survivors, group.rank(), layout, || {
+                    late() || gone()
+                })
+                .map(|(end, threads)| (end, Origin::Local(threads)))
+            }
             Origin::Shm { name, generation } => {
                 meet(group, name, generation + 1, &survivors, layout, deadline)
             }

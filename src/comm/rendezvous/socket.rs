@@ -138,7 +138,8 @@ impl Socket {
     /// The next message with at most `most` descriptors. `WouldBlock` when there is none,
     /// `UnexpectedEof` when there will be none, `InvalidData` for one that is too long.
     pub fn receive(&self, most: usize) -> io::Result<Received> {
-        let mut bytes = vec![0u8; LONGEST];
+        // On the stack: memory that cannot be had must not end the process.
+        let mut bytes = [0u8; LONGEST];
         let mut part = libc::iovec {
             iov_base: bytes.as_mut_ptr().cast(),
             iov_len: bytes.len(),
@@ -161,9 +162,13 @@ impl Socket {
         if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        bytes.truncate(count as usize);
+        let mut message = Vec::new();
+        message
+            .try_reserve_exact(count as usize)
+            .map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        message.extend_from_slice(&bytes[..count as usize]);
         Ok(Received {
-            bytes,
+            bytes: message,
             descriptors,
             cut: header.msg_flags & libc::MSG_CTRUNC != 0,
         })

@@ -1,0 +1,23 @@
+/* shim.h - what the preloaded shim of the fault campaign can make fail. */
+#ifndef SHIM_H
+#define SHIM_H
+
+#define FAULTS(X) \
+  X(mmap) X(mremap) X(mprotect) X(madvise) X(fallocate) X(ftruncate64) X(memfd_create) X(socket) X(bind) X(listen) \
+  X(connect) X(accept4) X(getsockopt) X(sendmsg) X(recvmsg) X(poll) X(pthread_create) X(open64) X(fcntl) X(mkdir) \
+  X(malloc) X(calloc) X(realloc) X(posix_memalign)
+
+enum fault {
+#define X(name) FAULT_##name,
+  FAULTS(X)
+#undef X
+  FAULT_COUNT
+};
+
+/* From now on calls are counted, and call number `nth` (from 1; 0: none) of `fault` fails, once. Allocations count from
+ * 4 KiB on: for less the library may end the process. */
+typedef void shim_arm_fn(int fault, long nth);
+/* Ends that; gives the calls of each function, and whether one has failed. */
+typedef int shim_disarm_fn(long calls[FAULT_COUNT]);
+
+#endif
