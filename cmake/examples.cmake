@@ -30,6 +30,10 @@ if(TARGET train_digits)
   rsb_example_test(example_train_digits train_digits ARGS --data "${data}" --epochs 2 CHECK "${last_line}")
   rsb_example_test(example_train_digits_one_rank train_digits
     ARGS --data "${data}" --epochs 1 --ranks 1 --bucket-kb 1 CHECK "${last_line}")
+  foreach(rank 0 2)
+    rsb_example_test(example_train_digits_loses_rank_${rank} train_digits
+      ARGS --data "${data}" --ranks 3 --epochs 2 --kill-rank ${rank} --at-step 20 CHECK "${last_line}")
+  endforeach()
 
   # Bad options: exit code 2 and one line that says why.
   set(bad -DEXIT_CODE=2 -DSTDERR_LINES=1)
