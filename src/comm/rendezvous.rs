@@ -139,8 +139,15 @@ fn meet(
                     let text = format!("job {}: rank 0 in {dir} is user {user}'s", join.name);
                     return Err(Error::new(Status::Permission, text).blame(0));
                 }
-                if let Some(met) = Guest::new(join, socket).talk(token, own)? {
-                    return Ok(met);
+                match Guest::new(join, socket).talk(token, own) {
+                    Ok(Some(met)) => return Ok(met),
+                    Ok(None) => {}
+                    Err(e) => {
+                        if e.status == Status::PeerLost {
+                            door::tidy(dir);
+                        }
+                        return Err(e);
+                    }
                 }
             }
             // Not there yet, just gone, or too busy for the moment.

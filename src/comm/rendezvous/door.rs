@@ -78,6 +78,13 @@ impl Drop for Door<'_> {
     }
 }
 
+/// Removes what a rank 0 left that has just died, unless somebody else is at it.
+pub fn tidy(dir: &RunDir) {
+    if let Some(_lock) = dir.try_lock() {
+        sweep(dir);
+    }
+}
+
 /// Removes what rank 0s left that were killed while their ranks met. The directory is locked.
 fn sweep(dir: &RunDir) {
     let boot = file_of("");
