@@ -2,10 +2,17 @@
 //! their own.
 
 use super::state::{Chunk, Content, State};
-use super::{Held, Ring};
+use super::Ring;
 use crate::error::Result;
 use crate::fingerprint::{Call, CallKind};
 use crate::lane::work::{Meter, Work};
+
+/// A stretch that goes into one chunk: elements `from..from + count` to slot `slot`.
+struct Stretch {
+    slot: u32,
+    from: usize,
+    count: usize,
+}
 
 impl Ring {
     /// Carries out an op at once: streams it through chunks of its own and waits for the result.
@@ -13,62 +20,20 @@ impl Ring {
     /// # Safety
     /// The pointers of `work` are as the contract's rule 6 says, during the call.
     pub unsafe fn direct(&self, work: &Work, meter: &mut Meter) -> Result<()> {
-        let mut st = self.enter(meter)?;
         let element = work.dtype.size();
         let room = self.group.layout().geometry.row_bytes / element;
-        let mut spare = None;
-        if work.numel > 0 {
-            let (held, slot) = self.slot(st, meter)?;
-            (st, spare) = (held, Some(slot));
-        }
-        self.accept(&mut st, &work.call);
-        let mut done = 0;
-        let last = loop {
-            let count = (work.numel - done).min(room);
-            let mut content = Content::Nothing;
-            let mut slot = None;
-            if count > 0 {
-                let place = match spare.take() {
-                    Some(place) => place,
-                    None => {
-                        let (held, place) = self.slot(st, meter)?;
-                        st = held;
-                        place
-                    }
-                };
-                slot = Some(place);
-                // SAFETY: by the promise of this function; the input stays until this op is over.
-                let piece = unsafe { self.stage(work, place, 0, done, count, true, meter) };
-                let mut pieces = st.pieces();
-                pieces.push(piece);
-                content = Content::Rows {
-                    dtype: work.dtype,
-                    op: work.op,
-                    pieces,
-                };
-            }
-            done += count;
-            st = self.line(st, meter)?;
-            let chunk = Chunk {
-                slot,
-                lane: None,
-                ops_end: 0,
-                fill: count * element,
-                content,
-            };
-            let seq = st.publish(&self.group, chunk);
-            st.progress(&self.group, meter);
-            if done == work.numel {
-                break seq;
+        let fill = |st: &mut State, s: Stretch, meter: &mut Meter| {
+            // SAFETY: by the promise of this function; the input stays until this op is over.
+            let piece = unsafe { self.stage(work, s.slot, 0, s.from, s.count, true, meter) };
+            let mut pieces = st.pieces();
+            pieces.push(piece);
+            Content::Rows {
+                dtype: work.dtype,
+                op: work.op,
+                pieces,
             }
         };
-        self.reduced(st, last, meter)
-    }
-
-    /// Waits until chunk `seq` is reduced here.
-    fn reduced(&self, st: Held<'_>, seq: u64, meter: &mut Meter) -> Result<()> {
-        let over = |st: &mut State| (st.reduced > seq).then_some(Ok(()));
-        self.wait_for(st, None, meter, over).map(drop)
+        self.stream(&work.call, work.numel, room, element, meter, fill)
     }
 
     /// Gathers `bytes` of every rank into `output`, in rank order; the input may be this rank's place.
@@ -82,64 +47,74 @@ impl Ring {
         bytes: usize,
         meter: &mut Meter,
     ) -> Result<()> {
-        let mut st = self.enter(meter)?;
         let room = self.group.layout().geometry.chunk_bytes;
-        let mut spare = None;
+        let fill = |_: &mut State, s: Stretch, meter: &mut Meter| {
+            let chunk = self.group.own_chunk(s.slot);
+            // SAFETY: by the promise of this function; the chunk is not published yet.
+            unsafe { input.add(s.from).copy_to_nonoverlapping(chunk, s.count) };
+            meter.copied += s.count as u64;
+            Content::Gather {
+                output: output.wrapping_add(s.from),
+                stride: bytes,
+                bytes: s.count,
+            }
+        };
+        let call = Call::bare(CallKind::AllGather, 0, 0, bytes as u64);
+        self.stream(&call, bytes, room, 1, meter, fill)?;
         if bytes > 0 {
+            // SAFETY: this rank's place in the output, which the input may be.
+            unsafe { input.copy_to(output.add(self.group.rank() as usize * bytes), bytes) };
+        }
+        Ok(())
+    }
+
+    /// Sends `total` elements, `room` at most in a chunk, as `fill` puts them there, and waits until the
+    /// last chunk is reduced here. Without elements ranks only meet.
+    fn stream(
+        &self,
+        call: &Call,
+        total: usize,
+        room: usize,
+        element: usize,
+        meter: &mut Meter,
+        mut fill: impl FnMut(&mut State, Stretch, &mut Meter) -> Content,
+    ) -> Result<()> {
+        let mut st = self.enter(meter)?;
+        let mut spare = None;
+        if total > 0 {
+            // Memory may be missing only now, before the call counts.
             let (held, slot) = self.slot(st, meter)?;
             (st, spare) = (held, Some(slot));
         }
-        self.accept(
-            &mut st,
-            &Call::bare(CallKind::AllGather, 0, 0, bytes as u64),
-        );
-        let mut done = 0;
+        self.accept(&mut st, call);
+        let mut from = 0;
         let last = loop {
-            let count = (bytes - done).min(room);
-            let mut content = Content::Nothing;
-            let mut slot = None;
-            if count > 0 {
-                let place = match spare.take() {
-                    Some(place) => place,
-                    None => {
-                        let (held, place) = self.slot(st, meter)?;
-                        st = held;
-                        place
-                    }
-                };
-                slot = Some(place);
-                // SAFETY: by the promise of this function; the chunk is not published yet.
-                unsafe {
-                    input
-                        .add(done)
-                        .copy_to_nonoverlapping(self.group.own_chunk(place), count)
-                };
-                meter.copied += count as u64;
-                content = Content::Gather {
-                    output: output.wrapping_add(done),
-                    stride: bytes,
-                    bytes: count,
-                };
+            let count = (total - from).min(room);
+            if count > 0 && spare.is_none() {
+                let (held, slot) = self.slot(st, meter)?;
+                (st, spare) = (held, Some(slot));
             }
-            done += count;
+            let slot = spare.take();
+            let content = match slot {
+                Some(slot) => fill(&mut st, Stretch { slot, from, count }, meter),
+                None => Content::Nothing,
+            };
+            from += count;
             st = self.line(st, meter)?;
             let chunk = Chunk {
                 slot,
                 lane: None,
                 ops_end: 0,
-                fill: count,
+                fill: count * element,
                 content,
             };
             let seq = st.publish(&self.group, chunk);
             st.progress(&self.group, meter);
-            if done == bytes {
+            if from == total {
                 break seq;
             }
         };
-        if bytes > 0 {
-            // SAFETY: this rank's place in the output, which the input may be.
-            unsafe { input.copy_to(output.add(self.group.rank() as usize * bytes), bytes) };
-        }
-        self.reduced(st, last, meter)
+        let over = |st: &mut State| (st.reduced > last).then_some(Ok(()));
+        self.wait_for(st, None, meter, over).map(drop)
     }
 }
