@@ -4,6 +4,7 @@
 //! Messages name the argument (or the rank), the value that was seen and what was expected.
 
 use std::fmt;
+use std::ops::{Deref, DerefMut};
 
 /// What a call answers. The numbers are the C contract's and are never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -105,9 +106,13 @@ impl Status {
     }
 }
 
-/// An error with its sentence. Built only where something went wrong, so it may allocate.
+/// An error with its sentence, as one pointer: most calls succeed, and what they return is small then.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Error {
+pub struct Error(Box<Cause>);
+
+/// What went wrong. Built only where something did, so it may allocate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cause {
     /// The kind of failure.
     pub status: Status,
     /// The engine's or the system's own code; 0: none.
@@ -118,15 +123,29 @@ pub struct Error {
     pub message: String,
 }
 
+impl Deref for Error {
+    type Target = Cause;
+
+    fn deref(&self) -> &Cause {
+        &self.0
+    }
+}
+
+impl DerefMut for Error {
+    fn deref_mut(&mut self) -> &mut Cause {
+        &mut self.0
+    }
+}
+
 impl Error {
     /// An error that blames no rank and has no native code.
     pub fn new(status: Status, message: impl Into<String>) -> Error {
-        Error {
+        Error(Box::new(Cause {
             status,
             native: 0,
             peer: -1,
             message: message.into(),
-        }
+        }))
     }
 
     /// The same error, blaming `rank`.

@@ -49,6 +49,7 @@ impl<S: Default> Segments<S> {
         }
     }
 
+    #[inline]
     fn place(index: u32) -> (usize, usize) {
         let n = u64::from(index) + (1 << FIRST_BITS);
         let part = 63 - n.leading_zeros() - FIRST_BITS;
@@ -195,6 +196,18 @@ impl<T: Send + Sync> Table<T> {
             return Err(Bad::Forked);
         }
         Ok(pinned)
+    }
+
+    /// Whether `token` names an object right now, which another thread may change at once. Costs less than
+    /// [`Table::get`], where something else keeps the object alive.
+    #[inline]
+    pub fn is_live(&self, token: u64) -> bool {
+        let slot = parts(self.kind, token).and_then(|(generation, index)| {
+            let slot = self.slots.get(index)?;
+            let seen = slot.state.load(Ordering::Acquire);
+            ((seen >> 32) as u32 == generation && seen & LIVE != 0).then_some(slot)
+        });
+        slot.is_some_and(|slot| slot.epoch.load(Ordering::Relaxed) == fork::epoch())
     }
 
     /// Makes the token name nothing any more. Of several callers exactly one gets the object.

@@ -28,3 +28,4 @@ pub mod layout;
 pub mod log;
 pub mod memory;
 pub mod reduce;
+pub mod thread;

@@ -153,6 +153,7 @@ pub const SHARD_KIND: u8 = 0xb3;
 
 /// A block's slot: generation 32 | count 32. With count 0 the block belongs to its pool.
 #[derive(Default)]
+#[repr(align(64))]
 struct Slot {
     state: AtomicU64,
     place: UnsafeCell<Place>,
@@ -162,7 +163,7 @@ struct Slot {
 struct Place {
     ptr: usize,
     bytes: usize,
-    class: usize,
+    class: u32,
     pool: Option<Arc<Pool>>,
 }
 
@@ -174,11 +175,11 @@ static SLOTS: Segments<Slot> = Segments::new();
 const MAX_COUNT: u64 = 1 << 30;
 
 /// Memory of one result, owned by the bucketer until it is armed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Block {
+    slot: &'static Slot,
     index: u32,
-    /// Where it begins.
-    pub ptr: *mut u8,
+    class: u32,
 }
 
 fn slot(index: u32) -> &'static Slot {
@@ -189,56 +190,90 @@ fn slot(index: u32) -> &'static Slot {
 }
 
 impl Block {
+    /// The block of an index whose place is readable: idle and of this cache, or alive.
+    fn of(index: u32) -> Block {
+        let slot = slot(index);
+        // SAFETY: by the condition above.
+        let class = unsafe { (*slot.place.get()).class };
+        Block { slot, index, class }
+    }
+
+    /// Where it begins.
+    #[inline]
+    pub fn ptr(&self) -> *mut u8 {
+        // SAFETY: a block stays allocated while its owner holds it: its place is readable.
+        unsafe { (*self.slot.place.get()).ptr as *mut u8 }
+    }
+
     /// Counts one reference, and names it.
     #[inline]
     pub fn arm(&self) -> u64 {
-        let slot = slot(self.index);
-        let generation = slot.state.load(Ordering::Relaxed) >> 32;
-        slot.state.store(generation << 32 | 1, Ordering::Release);
+        let generation = self.slot.state.load(Ordering::Relaxed) >> 32;
+        self.slot
+            .state
+            .store(generation << 32 | 1, Ordering::Release);
         handle::token(SHARD_KIND, generation as u32, self.index)
     }
 }
 
-/// Changes the count of a live shard by `change`; the new count.
-fn recount(token: u64, up: bool) -> std::result::Result<(u32, u64), Bad> {
+/// The slot of a shard's token, its generation and its index.
+fn named(token: u64) -> std::result::Result<(&'static Slot, u32, u32), Bad> {
     if token == 0 {
         return Err(Bad::Null);
     }
     let (generation, index) = handle::parts(SHARD_KIND, token).ok_or(Bad::Unknown)?;
     let slot = SLOTS.get(index).ok_or(Bad::Unknown)?;
+    Ok((slot, generation, index))
+}
+
+/// Changes the state of a live shard as `change` says of its count, which is not 0.
+#[inline]
+fn recount(
+    slot: &Slot,
+    generation: u32,
+    change: impl Fn(u64) -> Option<u64>,
+) -> std::result::Result<u64, Bad> {
     let mut seen = slot.state.load(Ordering::Relaxed);
     loop {
         let count = seen & 0xffff_ffff;
-        if (seen >> 32) as u32 != generation || count == 0 || (up && count >= MAX_COUNT) {
+        if (seen >> 32) as u32 != generation || count == 0 {
             return Err(Bad::Unknown);
         }
-        let next = match (up, count) {
-            (true, _) => seen + 1,
+        let count = change(count).ok_or(Bad::Unknown)?;
+        let next = match count {
             // The last reference: the token dies with it.
-            (false, 1) => u64::from(generation.wrapping_add(1)) << 32,
-            (false, _) => seen - 1,
+            0 => u64::from(generation.wrapping_add(1)) << 32,
+            _ => u64::from(generation) << 32 | count,
         };
         match slot
             .state
             .compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Relaxed)
         {
-            Ok(_) => return Ok((index, next & 0xffff_ffff)),
+            Ok(_) => return Ok(count),
             Err(now) => seen = now,
         }
     }
 }
 
+/// Drops one reference; how many are left.
+#[inline]
+fn drop_one(slot: &Slot, generation: u32) -> std::result::Result<u64, Bad> {
+    recount(slot, generation, |count| Some(count - 1))
+}
+
 /// Counts one more reference to a shard.
 pub fn retain(token: u64) -> std::result::Result<(), Bad> {
-    recount(token, true).map(|_| ())
+    let (slot, generation, _) = named(token)?;
+    let more = |count| (count < MAX_COUNT).then_some(count + 1);
+    recount(slot, generation, more).map(drop)
 }
 
 /// Gives one reference back; the last one gives the memory back to its pool. Any thread.
 pub fn release(token: u64) -> std::result::Result<(), Bad> {
-    let (index, count) = recount(token, false)?;
-    if count == 0 {
+    let (slot, generation, index) = named(token)?;
+    if drop_one(slot, generation)? == 0 {
         // SAFETY: the count turned 0 here, so the block is ours, and its place is readable.
-        let pool = unsafe { (*slot(index).place.get()).pool.clone() };
+        let pool = unsafe { (*slot.place.get()).pool.clone() };
         if let Some(pool) = pool {
             let mut returned = pool.lock_returned();
             if pool.lean.load(Ordering::Relaxed) {
@@ -264,6 +299,7 @@ fn free_block(index: u32) {
 }
 
 /// Eight classes a doubling: at most an eighth is wasted, and steady work always fits again.
+#[inline]
 fn class_of(bytes: usize) -> (usize, usize) {
     let bytes = bytes.max(ALIGN);
     let log = (bytes - 1).ilog2() as usize;
@@ -275,7 +311,7 @@ fn class_of(bytes: usize) -> (usize, usize) {
 /// The idle blocks that a bucketer can use without a lock.
 pub struct Cache {
     pool: Arc<Pool>,
-    idle: Vec<Vec<u32>>,
+    idle: Vec<Vec<Block>>,
 }
 
 impl Cache {
@@ -293,18 +329,20 @@ impl Cache {
     }
 
     /// A block of at least `bytes`, recycled or new.
+    #[inline]
     pub fn take(&mut self, bytes: usize) -> Result<Block> {
         let (class, size) = class_of(bytes);
-        if self.idle.len() <= class {
-            self.idle.resize_with(class + 1, Vec::new);
+        match self.idle.get_mut(class).and_then(Vec::pop) {
+            Some(block) => Ok(block),
+            None => self.make(class, size),
         }
-        if self.idle[class].is_empty() {
-            self.reclaim();
-        }
-        if let Some(index) = self.idle[class].pop() {
-            // SAFETY: an idle block of this cache: its place is readable.
-            let ptr = unsafe { (*slot(index).place.get()).ptr } as *mut u8;
-            return Ok(Block { index, ptr });
+    }
+
+    #[cold]
+    fn make(&mut self, class: usize, size: usize) -> Result<Block> {
+        self.reclaim();
+        if let Some(block) = self.idle.get_mut(class).and_then(Vec::pop) {
+            return Ok(block);
         }
         let ptr = self.pool.alloc(size)?;
         let Some(index) = SLOTS.take() else {
@@ -315,32 +353,31 @@ impl Cache {
         let place = Place {
             ptr: ptr as usize,
             bytes: size,
-            class,
+            class: class as u32,
             pool: Some(self.pool.clone()),
         };
         // SAFETY: the index was idle: nobody reads its place.
         unsafe { *slot(index).place.get() = place };
-        Ok(Block { index, ptr })
+        Ok(Block::of(index))
     }
 
     /// Takes back a block that was not armed.
+    #[inline]
     pub fn put(&mut self, block: Block) {
-        // SAFETY: the block is idle and ours: its place is readable.
-        let class = unsafe { (*slot(block.index).place.get()).class };
+        let class = block.class as usize;
         if self.idle.len() <= class {
             self.idle.resize_with(class + 1, Vec::new);
         }
-        self.idle[class].push(block.index);
+        self.idle[class].push(block);
     }
 
     /// Drops the reference that [`Block::arm`] counted. If nobody retained the block it is idle again.
+    #[inline]
     pub fn settle(&mut self, block: Block, token: u64) {
-        match recount(token, false) {
-            Ok((_, 0)) => self.put(block),
-            // Retained: its last release returns it to the pool.
-            Ok(_) => {}
-            // The caller released a reference it did not have; the block went back by itself.
-            Err(_) => {}
+        // Retained: its last release returns it to the pool. Or the caller released a reference that it
+        // did not have: the block went back by itself.
+        if matches!(drop_one(block.slot, (token >> 24) as u32), Ok(0)) {
+            self.put(block);
         }
     }
 
@@ -348,8 +385,7 @@ impl Cache {
         self.pool.lean.store(false, Ordering::Relaxed);
         let returned = std::mem::take(&mut *self.pool.lock_returned());
         for index in returned {
-            let ptr = std::ptr::null_mut();
-            self.put(Block { index, ptr });
+            self.put(Block::of(index));
         }
     }
 
@@ -360,9 +396,8 @@ impl Cache {
             self.pool.lean.store(true, Ordering::Relaxed);
             std::mem::take(&mut *returned)
         };
-        for index in self.idle.drain(..).flatten().chain(returned) {
-            free_block(index);
-        }
+        let idle = self.idle.drain(..).flatten().map(|block| block.index);
+        idle.chain(returned).for_each(free_block);
     }
 }
 
@@ -407,13 +442,13 @@ mod tests {
         cache.settle(first, token);
         assert!(retain(token).is_err(), "stale");
         let again = cache.take(1000).expect("memory");
-        assert_eq!(again.ptr, first.ptr);
+        assert_eq!(again.ptr(), first.ptr());
         let held = again.arm();
         assert_ne!(held, token);
         retain(held).expect("live");
         cache.settle(again, held);
         let other = cache.take(1000).expect("memory");
-        assert_ne!(other.ptr, again.ptr, "retained memory is not reused");
+        assert_ne!(other.ptr(), again.ptr(), "retained memory is not reused");
         cache.put(other);
         cache.free_idle();
         assert_eq!(pool.bytes().0, class_of(1000).1 as u64);

@@ -4,11 +4,10 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::queue::{self, Flight, Outcome, Pending, Queue};
+use super::queue::{self, Flight, Ops, Outcome, Queue};
 use super::{Bucketer, Completion, TICKET_BITS};
 use crate::error::{invalid, Error, Result, Status};
 use crate::lane::work::Meter;
-use crate::memory::Block;
 
 impl<C: Copy + Send> Bucketer<C> {
     /// Launches the open bucket of a lane; a comm that has failed makes it a failed flight.
@@ -76,70 +75,35 @@ impl<C: Copy + Send> Bucketer<C> {
         flight.outcome.is_some() || done >= upto
     }
 
-    /// Hands out the next op of flight `index`, which is over as far as that op.
-    pub(super) fn hand_out(
-        &self,
-        q: &mut Queue<C>,
-        index: usize,
-    ) -> Option<(Completion<C>, Option<Block>)> {
-        let flight = q.flights.get_mut(index)?;
-        let taken = Self::take_op(flight);
-        if flight.ops.is_empty() {
-            let flight = q.flights.remove(index)?;
-            q.spare.push(flight.ops);
+    /// Takes ops out of flight `index`, which is over as far as those, up to number `upto` of its lane.
+    pub(super) fn take_out(&self, q: &mut Queue<C>, index: usize, upto: u64) -> Hand<C> {
+        let mut ops = q.list();
+        let flight = &mut q.flights[index];
+        let first = flight.first;
+        let count = upto.saturating_sub(first) as usize;
+        let outcome = flight.outcome.as_ref();
+        let failure = outcome.and_then(|o| Some((o.done, o.failure.clone()?)));
+        if count < flight.ops.len() {
+            flight.first = upto;
+            ops.extend(flight.ops.drain(..count));
+        } else {
+            let empty = std::mem::replace(&mut ops, std::mem::take(&mut flight.ops));
+            q.flights.remove(index);
+            q.recycle(empty);
         }
-        taken.map(|(op, error)| self.completion(q, op, error))
+        Hand::new(
+            q,
+            ops,
+            failure.map(|(done, e)| (done.saturating_sub(first), e)),
+        )
     }
 
-    /// Hands out the next direct op that a callback submitted.
-    pub(super) fn hand_out_due(&self, q: &mut Queue<C>) -> Option<(Completion<C>, Option<Block>)> {
+    /// Takes the next direct op that a callback submitted.
+    pub(super) fn take_due(&self, q: &mut Queue<C>) -> Option<Hand<C>> {
         self.is_due.store(q.due.len() > 1, Ordering::Relaxed);
-        let mut flight = q.due.pop_front()?;
-        let (op, error) = Self::take_op(&mut flight)?;
-        q.spare.push(flight.ops);
-        Some(self.completion(q, op, error))
-    }
-
-    pub(super) fn take_op(flight: &mut Flight<C>) -> Option<(Pending<C>, Option<Arc<Error>>)> {
-        let op = flight.ops.pop_front()?;
-        let number = flight.first;
-        flight.first += 1;
-        let failed = flight.outcome.as_ref().filter(|o| number >= o.done);
-        Some((op, failed.and_then(|o| o.failure.clone())))
-    }
-
-    /// What the callback of `op` is told; the op counts as handed back from here on.
-    pub(super) fn completion(
-        &self,
-        q: &mut Queue<C>,
-        op: Pending<C>,
-        error: Option<Arc<Error>>,
-    ) -> (Completion<C>, Option<Block>) {
-        let (mut data, mut block) = (op.data, op.block);
-        match &error {
-            None => {}
-            Some(e) => {
-                if e.status != Status::Cancelled {
-                    q.note(e);
-                }
-                q.failed.push((op.ticket, e.clone()));
-                data = std::ptr::null_mut();
-                block.take().into_iter().for_each(|b| q.cache.put(b));
-            }
-        }
-        let completion = Completion {
-            ticket: op.ticket,
-            tag: op.tag,
-            payload: op.payload,
-            data,
-            numel: op.numel,
-            valid: op.valid,
-            offset: op.offset,
-            shard: block.map_or(0, |b| b.arm()),
-            dtype: op.dtype,
-            error,
-        };
-        (completion, block)
+        let flight = q.due.pop_front()?;
+        let failure = flight.outcome.and_then(|o| Some((o.done, o.failure?)));
+        Some(Hand::new(q, flight.ops, failure))
     }
 
     /// What is known of a ticket.
@@ -173,6 +137,94 @@ impl<C: Copy + Send> Bucketer<C> {
             Some((_, e)) => Err(Error::clone(e)),
             None => Ok(Found::Over),
         }
+    }
+}
+
+/// Ops that a call has taken out of the queue, to hand them back one by one.
+pub struct Hand<C> {
+    ops: Ops<C>,
+    /// How many have been handed back, and how many of those have given their memory back.
+    handed: usize,
+    settled: usize,
+    /// From which op on they have failed, and why.
+    failure: Option<(usize, Arc<Error>)>,
+}
+
+impl<C> Hand<C> {
+    /// Nothing.
+    pub fn empty() -> Hand<C> {
+        Hand {
+            ops: Ops::new(),
+            handed: 0,
+            settled: 0,
+            failure: None,
+        }
+    }
+
+    /// All of `ops`, of which those from number `failure.0` on have failed.
+    pub fn new(q: &mut Queue<C>, mut ops: Ops<C>, failure: Option<(u64, Arc<Error>)>) -> Hand<C> {
+        let failure = failure.map(|(from, error)| (from as usize, error));
+        if let Some((from, error)) = &failure {
+            q.fail(&mut ops, *from, error);
+        }
+        Hand {
+            ops,
+            failure,
+            ..Hand::empty()
+        }
+    }
+
+    /// The first failure in it.
+    pub fn failure(&self) -> Option<&Arc<Error>> {
+        let (from, error) = self.failure.as_ref()?;
+        (*from < self.ops.len()).then_some(error)
+    }
+
+    /// Whether all of it is handed back.
+    #[inline]
+    pub fn is_over(&self) -> bool {
+        self.handed == self.ops.len()
+    }
+
+    /// Ops that are handed back and hold their memory still.
+    #[inline]
+    pub fn unsettled(&self) -> usize {
+        self.handed - self.settled
+    }
+
+    /// The next op. Its shard counts from here on.
+    #[inline]
+    pub fn next(&mut self) -> Option<Completion<'_, C>> {
+        let op = self.ops.get_mut(self.handed)?;
+        if let Some(block) = &op.block {
+            op.shard = block.arm();
+        }
+        let failed = self.failure.as_ref();
+        let error = failed.filter(|(from, _)| *from <= self.handed);
+        self.handed += 1;
+        Some(Completion {
+            op,
+            error: error.map(|(_, error)| &**error),
+        })
+    }
+
+    /// Takes back the memory of what is handed back, but for what callbacks have kept.
+    pub fn settle(&mut self, q: &mut Queue<C>) {
+        for op in self.ops.range(self.settled..self.handed) {
+            if let Some(block) = op.block {
+                q.results.cache.settle(block, op.shard);
+            }
+        }
+        self.settled = self.handed;
+        if self.is_over() {
+            q.recycle(std::mem::take(self).ops);
+        }
+    }
+}
+
+impl<C> Default for Hand<C> {
+    fn default() -> Hand<C> {
+        Hand::empty()
     }
 }
 

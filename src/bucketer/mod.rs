@@ -22,15 +22,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::plan::Plan;
+pub use self::queue::Pending;
 use self::queue::Queue;
 pub use self::stats::Counters;
 pub use self::turn::Turn;
-use crate::dtype::{DType, Finish, Op};
 use crate::error::{Error, Result, Status};
 use crate::fingerprint::CallKind;
-use crate::lane::work::Rows;
+use crate::lane::work::Work;
 use crate::lane::Endpoint;
 use crate::memory::{Cache, Pool};
+use crate::thread;
 
 /// Default of `bucket_bytes`.
 pub const DEFAULT_BUCKET: u64 = 25 << 20;
@@ -41,48 +42,19 @@ const IN_FLIGHT: usize = 2;
 /// One op as the caller asks for it, checked against the comm.
 #[derive(Clone, Copy)]
 pub struct Ask<C> {
-    /// Where the input lies.
-    pub rows: Rows,
-    /// Elements of a shard.
-    pub numel: usize,
-    /// Type of the input.
-    pub dtype: DType,
-    /// What to do with it.
-    pub op: Op,
-    /// The last step.
-    pub finish: Finish,
-    /// Where the result goes; null: memory of ours.
-    pub output: *mut u8,
-    /// Whether the input stays as it is until the callback.
-    pub borrow: bool,
-    /// Which tensor this is.
-    pub tag: u64,
+    /// What is asked. The bucketer adds its own part: its number, and memory for the result if
+    /// `output` is null.
+    pub work: Work,
     /// Comes back with the result.
     pub payload: C,
 }
 
 /// A finished op, for its callback.
-pub struct Completion<C> {
-    /// Its ticket.
-    pub ticket: u64,
-    /// Its tag.
-    pub tag: u64,
-    /// What the caller wanted back.
-    pub payload: C,
-    /// The reduced shard; null after an error.
-    pub data: *mut u8,
-    /// Elements in it.
-    pub numel: usize,
-    /// Those that came from callers.
-    pub valid: usize,
-    /// Where a flat tensor's shard begins.
-    pub offset: usize,
-    /// Names the memory, if it is ours; else 0.
-    pub shard: u64,
-    /// Type of the elements.
-    pub dtype: DType,
+pub struct Completion<'a, C> {
+    /// The op.
+    pub op: &'a Pending<C>,
     /// Why it failed, if it did.
-    pub error: Option<Arc<Error>>,
+    pub error: Option<&'a Error>,
 }
 
 /// Takes ops of type-erased memory; `C` is what comes back with each.
@@ -133,12 +105,6 @@ impl<C> Drop for Held<'_, C> {
 
 const TICKET_BITS: u32 = 40;
 
-/// A number that names this thread while it lives.
-fn this_thread() -> usize {
-    thread_local!(static MARK: u8 = const { 0 });
-    MARK.with(|mark| std::ptr::from_ref(mark) as usize)
-}
-
 impl<C: Copy + Send> Bucketer<C> {
     /// A bucketer. `bucket_bytes`: none turns bucketing off.
     pub fn new(bucket_bytes: Option<u64>, pool: Arc<Pool>) -> Arc<Bucketer<C>> {
@@ -159,7 +125,7 @@ impl<C: Copy + Send> Bucketer<C> {
     #[inline]
     fn lock(&self) -> Held<'_, C> {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        self.holder.store(this_thread(), Ordering::Relaxed);
+        self.holder.store(thread::this(), Ordering::Relaxed);
         Held {
             queue,
             holder: &self.holder,
@@ -169,7 +135,7 @@ impl<C: Copy + Send> Bucketer<C> {
     /// Refuses a call that an allocator function makes while this bucketer waits for it.
     #[inline]
     pub fn refuse_inner_call(&self) -> Result<()> {
-        if self.holder.load(Ordering::Relaxed) == this_thread() {
+        if self.holder.load(Ordering::Relaxed) == thread::this() {
             let text = "bucketer: called by its own allocator; expected no call while it allocates";
             return Err(Error::new(Status::Reentrant, text));
         }
@@ -178,7 +144,7 @@ impl<C: Copy + Send> Bucketer<C> {
 
     /// Whether this thread is inside a call of this bucketer, that is: in a callback.
     pub fn is_running_here(&self) -> bool {
-        self.runner.load(Ordering::Relaxed) == this_thread()
+        self.runner.load(Ordering::Relaxed) == thread::this()
     }
 
     fn refuse_reentry(&self, what: &str) -> Result<()> {
@@ -272,9 +238,7 @@ impl<C: Copy + Send> Bucketer<C> {
             let text = "release_buffers: ops are pending; expected a flush before";
             return Err(Error::new(Status::Busy, text));
         }
-        let reserved = q.reserved.take();
-        reserved.into_iter().for_each(|(b, _)| q.cache.put(b));
-        q.cache.free_idle();
+        q.results.free_idle();
         for lane in &q.lanes {
             if let Some(comm) = lane.comm.upgrade() {
                 comm.release_buffers(lane.id);

@@ -3,15 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::hand::Found;
+use super::hand::{Found, Hand};
 use super::queue::{self, Queue};
 use super::turn::Turn;
-use super::{Ask, Completion, Held, IN_FLIGHT};
+use super::{Ask, Held, IN_FLIGHT};
 use crate::error::{Error, Result, Status};
 use crate::fingerprint::CallKind;
 use crate::lane::work::Meter;
 use crate::lane::Endpoint;
-use crate::memory::Block;
 
 /// What a call still has to do.
 pub enum Plan<C> {
@@ -55,11 +54,9 @@ impl<C> Plan<C> {
 }
 
 /// What a step found.
-pub enum Step<C> {
-    /// Ops to hand out are in the batch.
+pub enum Step {
+    /// Ops to hand back are in the batch, or due.
     Batch,
-    /// An op to hand out.
-    Op(Completion<C>, Option<Block>),
     /// Look again.
     Again,
     /// Look again, but only as the one who runs callbacks.
@@ -69,27 +66,29 @@ pub enum Step<C> {
 }
 
 /// How far a submit got.
-enum Taken<C> {
+enum Taken {
     /// The op has this ticket.
     Accepted(u64),
     /// Something comes first.
-    First(Step<C>),
+    First(Step),
 }
 
 impl<C: Copy + Send> Turn<'_, C> {
     /// # Safety
     /// As for `step`.
-    pub(super) unsafe fn advance(&mut self, q: &mut Held<'_, C>) -> Step<C> {
+    pub(super) unsafe fn advance(&mut self, q: &mut Held<'_, C>) -> Step {
         // What a callback did at once comes right after that callback.
         if self.guard.is_some() {
-            if let Some((op, block)) = self.bucketer.hand_out_due(q) {
-                return Step::Op(op, block);
-            }
-            if !self.batch.is_empty() {
+            if let Some(due) = self.bucketer.take_due(q) {
+                self.due = due;
                 return Step::Batch;
             }
-            if let Some((op, block)) = q.owed.pop_front() {
-                return Step::Op(op, block);
+            if !self.batch.is_over() {
+                return Step::Batch;
+            }
+            if let Some(owed) = q.owed.pop_front() {
+                self.batch = owed;
+                return Step::Batch;
             }
             if let Some(step) = self.owed_flight(q) {
                 return step;
@@ -116,7 +115,13 @@ impl<C: Copy + Send> Turn<'_, C> {
         }
     }
 
-    pub(super) fn over(&mut self) -> Step<C> {
+    /// Takes ops out of flight `index`, which is over as far as those, up to number `upto` of its lane.
+    fn take_out(&mut self, q: &mut Queue<C>, index: usize, upto: u64) -> Step {
+        self.batch = self.bucketer.take_out(q, index, upto);
+        Step::Batch
+    }
+
+    pub(super) fn over(&mut self) -> Step {
         self.plan = Plan::Over;
         Step::Done
     }
@@ -124,7 +129,7 @@ impl<C: Copy + Send> Turn<'_, C> {
     /// The next op of a flight whose callbacks a call owes that an exception has ended. It is waited for,
     /// so that callbacks come at the same place on every rank; but for a poll, and a wait with a limit,
     /// which take what is complete.
-    fn owed_flight(&mut self, q: &mut Queue<C>) -> Option<Step<C>> {
+    fn owed_flight(&mut self, q: &mut Queue<C>) -> Option<Step> {
         let front = q.flights.front().filter(|f| f.owed)?;
         match self.plan {
             Plan::Poll { .. } | Plan::Wait { limit: Some(_), .. } => {
@@ -137,7 +142,7 @@ impl<C: Copy + Send> Turn<'_, C> {
     }
 
     /// The next op of the oldest flight, of one comm or of all; none: nothing is in flight. Waits.
-    pub(super) fn oldest_op(&mut self, q: &mut Queue<C>, comm: Option<u64>) -> Option<Step<C>> {
+    pub(super) fn oldest_op(&mut self, q: &mut Queue<C>, comm: Option<u64>) -> Option<Step> {
         let index = match comm {
             Some(id) => q.oldest(id)?,
             None if q.flights.is_empty() => return None,
@@ -149,7 +154,7 @@ impl<C: Copy + Send> Turn<'_, C> {
     }
 
     /// Room for one more bucket of a comm in flight; or the step that makes it.
-    pub(super) fn make_room(&mut self, q: &mut Queue<C>, comm: u64) -> Option<Step<C>> {
+    pub(super) fn make_room(&mut self, q: &mut Queue<C>, comm: u64) -> Option<Step> {
         if q.in_flight(comm) < IN_FLIGHT {
             return None;
         }
@@ -169,11 +174,11 @@ impl<C: Copy + Send> Turn<'_, C> {
 
     /// # Safety
     /// As for `step`.
-    pub(super) unsafe fn submit(&mut self, q: &mut Held<'_, C>) -> Step<C> {
+    pub(super) unsafe fn submit(&mut self, q: &mut Held<'_, C>) -> Step {
         let Plan::Submit { comm, ask, ticket } = &self.plan else {
             return Step::Done;
         };
-        let (comm, ask, accepted) = (comm.clone(), *ask, *ticket != 0);
+        let (comm, mut ask, accepted) = (comm.clone(), *ask, *ticket != 0);
         if accepted {
             // A direct op: the buckets launched before it on its comm, then its own callback.
             let direct = |q: &Queue<C>| {
@@ -186,7 +191,7 @@ impl<C: Copy + Send> Turn<'_, C> {
             return self.oldest_op(q, Some(comm.id())).unwrap_or(Step::Done);
         }
         // SAFETY: by the promise of this function.
-        match unsafe { self.take(q, &comm, &ask) } {
+        match unsafe { self.take(q, &comm, &mut ask) } {
             Ok(Taken::Accepted(number)) => {
                 if let Plan::Submit { ticket, .. } = &mut self.plan {
                     *ticket = number;
@@ -206,8 +211,8 @@ impl<C: Copy + Send> Turn<'_, C> {
         &mut self,
         q: &mut Held<'_, C>,
         comm: &Arc<Endpoint>,
-        ask: &Ask<C>,
-    ) -> Result<Taken<C>> {
+        ask: &mut Ask<C>,
+    ) -> Result<Taken> {
         let bucketer = self.bucketer;
         if q.closing {
             let text = "bucketer: it is being freed; expected a live one";
@@ -216,10 +221,10 @@ impl<C: Copy + Send> Turn<'_, C> {
         if q.owes() && !self.nested && self.guard.is_none() {
             return Ok(Taken::First(Step::NeedsTurn));
         }
-        let index = bucketer.lane_of(q, comm, ask.dtype, ask.op);
+        let index = bucketer.lane_of(q, comm, ask.work.dtype, ask.work.op);
         let lane = &q.lanes[index];
         let capacity = lane.capacity.unwrap_or(0);
-        if lane.capacity.is_none() || ask.numel > capacity {
+        if lane.capacity.is_none() || ask.work.numel > capacity {
             if !self.nested && self.guard.is_none() {
                 return Ok(Taken::First(Step::NeedsTurn));
             }
@@ -228,7 +233,10 @@ impl<C: Copy + Send> Turn<'_, C> {
                 .map(Taken::Accepted);
         }
         let left = capacity - lane.open.as_ref().map_or(0, |o| o.used);
-        let (too_large, fills) = (ask.numel > left, ask.numel == left && ask.numel > 0);
+        let (too_large, fills) = (
+            ask.work.numel > left,
+            ask.work.numel == left && ask.work.numel > 0,
+        );
         if too_large || fills {
             if let Some(step) = self.make_room(q, comm.id()) {
                 return Ok(Taken::First(step));
@@ -236,11 +244,11 @@ impl<C: Copy + Send> Turn<'_, C> {
         }
         if too_large {
             // Memory that is missing is missed before anything changes.
-            let bytes = ask.numel * ask.finish.output.size();
-            if ask.output.is_null() && q.reserved.is_none() {
-                q.reserved = Some((q.cache.take(bytes)?, bytes));
+            let bytes = ask.work.numel * ask.work.finish.output.size();
+            if ask.work.output.is_null() && q.results.reserved.is_none() {
+                q.results.reserved = Some((q.results.cache.take(bytes)?, bytes));
             }
-            comm.prepare_next(q.lanes[index].id, ask.numel, &bucketer.pool)?;
+            comm.prepare_next(q.lanes[index].id, ask.work.numel, &bucketer.pool)?;
             bucketer.launch_lane(q, index, true)?;
             // What is open and in flight has changed: look again.
             return Ok(Taken::First(Step::Again));
@@ -254,32 +262,22 @@ impl<C: Copy + Send> Turn<'_, C> {
         Ok(Taken::Accepted(ticket))
     }
 
-    pub(super) fn refuse(&mut self, e: Error) -> Step<C> {
+    pub(super) fn refuse(&mut self, e: Error) -> Step {
         self.result = Err(e);
         self.over()
     }
 
     /// Tells every comm with something open that a launch or flush comes.
     pub(super) fn announce(&self, q: &mut Queue<C>, kind: CallKind) -> Result<()> {
-        let mut told: Vec<u64> = Vec::new();
         let mut result = Ok(());
-        let mut order: Vec<(u64, usize)> = Vec::new();
-        order.extend(
-            q.lanes
-                .iter()
-                .enumerate()
-                .filter_map(|(i, l)| Some((l.open.as_ref()?.order, i))),
-        );
-        order.sort_unstable();
-        for (_, index) in order {
-            let Some(open) = &q.lanes[index].open else {
-                continue;
+        let mut after = 0;
+        while let Some((order, index)) = q.next_open(after) {
+            after = order;
+            let comm = match &q.lanes[index].open {
+                // A comm is told once, with its oldest bucket.
+                Some(open) if q.oldest_open(open.comm.id()) == Some(order) => open.comm.clone(),
+                _ => continue,
             };
-            let comm = &open.comm;
-            if told.contains(&comm.id()) {
-                continue;
-            }
-            told.push(comm.id());
             let ordinal = q.ordinal(comm.id()).unwrap_or_else(|| comm.next_ordinal());
             let call = self.bucketer.call(ordinal, kind);
             result = result.and(comm.announce(&call, &mut Meter::default()));
@@ -287,7 +285,7 @@ impl<C: Copy + Send> Turn<'_, C> {
         result
     }
 
-    pub(super) fn launch(&mut self, q: &mut Queue<C>) -> Step<C> {
+    pub(super) fn launch(&mut self, q: &mut Queue<C>) -> Step {
         let Plan::Launch { kind, limit, .. } = self.plan else {
             return Step::Done;
         };
@@ -322,7 +320,7 @@ impl<C: Copy + Send> Turn<'_, C> {
         Step::Again
     }
 
-    pub(super) fn poll(&mut self, q: &mut Queue<C>) -> Step<C> {
+    pub(super) fn poll(&mut self, q: &mut Queue<C>) -> Step {
         let Plan::Poll { looked } = &mut self.plan else {
             return Step::Done;
         };
@@ -358,8 +356,7 @@ impl<C: Copy + Send> Turn<'_, C> {
             }
             let end = flight.end;
             let step = self.take_out(q, index, end);
-            let failed = self.batch.iter().find_map(|(op, _)| op.error.as_ref());
-            if let (Some(e), true) = (failed, self.result.is_ok()) {
+            if let (Some(e), true) = (self.batch.failure(), self.result.is_ok()) {
                 self.result = Err(Error::clone(e));
             }
             return step;
@@ -367,7 +364,7 @@ impl<C: Copy + Send> Turn<'_, C> {
         self.over()
     }
 
-    pub(super) fn wait(&mut self, q: &mut Queue<C>) -> Step<C> {
+    pub(super) fn wait(&mut self, q: &mut Queue<C>) -> Step {
         let Plan::Wait {
             ticket,
             limit,
@@ -422,7 +419,7 @@ impl<C: Copy + Send> Turn<'_, C> {
         self.take_out(q, index, target)
     }
 
-    pub(super) fn close(&mut self, q: &mut Queue<C>) -> Step<C> {
+    pub(super) fn close(&mut self, q: &mut Queue<C>) -> Step {
         q.closing = true;
         if let Some(step) = self.oldest_op(q, None) {
             return step;
@@ -431,20 +428,15 @@ impl<C: Copy + Send> Turn<'_, C> {
             let lane = &mut q.lanes[index];
             // Results go nowhere from here on, whatever peers still do.
             lane.close();
-            if let Some(open) = &mut lane.open {
-                if let Some(op) = open.ops.pop_front() {
-                    let text = "the bucketer was freed before this op was launched";
-                    let error = Arc::new(Error::new(Status::Cancelled, text));
-                    let (op, block) = self.bucketer.completion(q, op, Some(error));
-                    return Step::Op(op, block);
-                }
+            if let Some(open) = lane.open.take() {
+                let text = "the bucketer was freed before this op was launched";
+                let error = Arc::new(Error::new(Status::Cancelled, text));
+                self.batch = Hand::new(q, open.ops, Some((0, error)));
+                return Step::Batch;
             }
-            lane.open = None;
             return Step::Again;
         }
-        let reserved = q.reserved.take();
-        reserved.into_iter().for_each(|(b, _)| q.cache.put(b));
-        q.cache.free_idle();
+        q.results.free_idle();
         self.over()
     }
 }

@@ -4,23 +4,34 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 
-use super::Completion;
+use super::hand::Hand;
 use crate::dtype::{DType, Op};
-use crate::error::Error;
+use crate::error::{Error, Result, Status};
+use crate::lane::work::Work;
 use crate::lane::{Endpoint, LaneId};
 use crate::memory::{Block, Cache};
 
 /// An accepted op. `C` is what the caller wants back with the result.
 pub struct Pending<C> {
+    /// Its ticket.
     pub ticket: u64,
+    /// Its tag.
     pub tag: u64,
+    /// What the caller wanted back.
     pub payload: C,
+    /// The reduced shard; null after an error.
     pub data: *mut u8,
-    /// The result's memory, if it is ours.
-    pub block: Option<Block>,
+    /// Elements in it.
     pub numel: usize,
+    /// Those that came from callers.
     pub valid: usize,
+    /// Where a flat tensor's shard begins.
     pub offset: usize,
+    /// Names the memory while the callback runs, if it is ours; else 0.
+    pub shard: u64,
+    /// The result's memory, if it is ours.
+    pub(super) block: Option<Block>,
+    /// Type of the result.
     pub dtype: DType,
 }
 
@@ -94,6 +105,9 @@ pub struct Use {
     pub staging: u64,
 }
 
+/// Lists that are kept for the ops of later buckets.
+const SPARE: usize = 8;
+
 /// Everything behind the bucketer's lock.
 pub struct Queue<C> {
     pub tickets: u64,
@@ -105,18 +119,60 @@ pub struct Queue<C> {
     pub flights: VecDeque<Flight<C>>,
     /// Direct ops that a callback submitted: theirs run right after the running one.
     pub due: VecDeque<Flight<C>>,
-    /// Ops that a call took out to hand them back, and did not come to, because a callback threw.
-    pub owed: VecDeque<(Completion<C>, Option<Block>)>,
+    /// What calls took out to hand it back, and did not come to, because a callback threw.
+    pub owed: VecDeque<Hand<C>>,
     /// Ops that failed since the last flush, for `wait`.
     pub failed: Vec<(u64, Arc<Error>)>,
     /// The first failure since the last flush.
     pub first_failure: Option<Arc<Error>>,
-    pub cache: Cache,
+    pub results: Results,
     pub closing: bool,
-    /// Memory for the result of the op that is being taken, had before anything changed,
-    /// and its bytes.
+    spare: Vec<Ops<C>>,
+}
+
+/// Memory for results.
+pub struct Results {
+    pub cache: Cache,
+    /// Memory for the result of the op that is being taken, had before anything changed, and its bytes.
     pub reserved: Option<(Block, usize)>,
-    pub spare: Vec<Ops<C>>,
+}
+
+impl Results {
+    /// Memory for an op's result, if the op brings none.
+    #[inline]
+    pub fn take_for(&mut self, work: &mut Work) -> Result<Option<Block>> {
+        if !work.output.is_null() {
+            return Ok(None);
+        }
+        let bytes = work.numel * work.finish.output.size();
+        let block = match self.reserved {
+            None => self.cache.take(bytes)?,
+            Some(_) => self.take_reserved(bytes)?,
+        };
+        work.output = block.ptr();
+        work.output_is_ours = true;
+        Ok(Some(block))
+    }
+
+    /// What is reserved, unless an op that came in between needs another size.
+    #[cold]
+    fn take_reserved(&mut self, bytes: usize) -> Result<Block> {
+        let reserved = self.reserved.take();
+        match reserved.filter(|(_, had)| *had == bytes) {
+            Some((block, _)) => Ok(block),
+            None => {
+                reserved.into_iter().for_each(|(b, _)| self.cache.put(b));
+                self.cache.take(bytes)
+            }
+        }
+    }
+
+    /// Gives idle memory back.
+    pub fn free_idle(&mut self) {
+        let reserved = self.reserved.take();
+        reserved.into_iter().for_each(|(b, _)| self.cache.put(b));
+        self.cache.free_idle();
+    }
 }
 
 // SAFETY: the pointers are to results' memory, which is ours or, by rule 6, valid until the callback
@@ -136,10 +192,48 @@ impl<C> Queue<C> {
             owed: VecDeque::new(),
             failed: Vec::new(),
             first_failure: None,
-            cache,
+            results: Results {
+                cache,
+                reserved: None,
+            },
             closing: false,
-            reserved: None,
             spare: Vec::new(),
+        }
+    }
+
+    /// Opens a bucket of a lane; it counts once an op is in it ([`Queue::opened`]).
+    pub fn open(&mut self, index: usize, comm: Arc<Endpoint>) {
+        self.lanes[index].open = Some(Open {
+            comm,
+            order: self.orders + 1,
+            used: 0,
+            ops: self.spare.pop().unwrap_or_default(),
+        });
+    }
+
+    /// The first op has come into a lane's bucket, or has been refused.
+    pub fn opened(&mut self, index: usize) {
+        let open = &mut self.lanes[index].open;
+        match open.as_ref().map(|o| (o.ops.len(), o.order)) {
+            Some((0, _)) => {
+                let ops = open.take().map(|o| o.ops);
+                self.spare.extend(ops);
+            }
+            Some((_, order)) => self.orders = self.orders.max(order),
+            None => {}
+        }
+    }
+
+    /// A list for ops, used before if there is one.
+    pub fn list(&mut self) -> Ops<C> {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// Takes back the list of ops that are over.
+    pub fn recycle(&mut self, mut ops: Ops<C>) {
+        ops.clear();
+        if ops.capacity() > 0 && self.spare.len() < SPARE {
+            self.spare.push(ops);
         }
     }
 
@@ -166,13 +260,22 @@ impl<C> Queue<C> {
 
     /// The open bucket that was opened first, of those opened before `limit`.
     pub fn first_open(&self, limit: u64) -> Option<usize> {
-        let order = |lane: &Lane<C>| lane.open.as_ref().map(|o| o.order).filter(|&o| o < limit);
-        let open = self
-            .lanes
-            .iter()
-            .enumerate()
-            .filter_map(|(i, l)| order(l).map(|o| (o, i)));
-        open.min().map(|(_, index)| index)
+        let (order, index) = self.next_open(0)?;
+        (order < limit).then_some(index)
+    }
+
+    /// The open bucket that was opened first, of those opened after number `after`: its number, and its
+    /// lane.
+    pub fn next_open(&self, after: u64) -> Option<(u64, usize)> {
+        let order = |lane: &Lane<C>| lane.open.as_ref().map(|o| o.order).filter(|&o| o > after);
+        let open = self.lanes.iter().enumerate();
+        open.filter_map(|(i, l)| order(l).map(|o| (o, i))).min()
+    }
+
+    /// The number of the open bucket of a comm that was opened first.
+    pub fn oldest_open(&self, comm_id: u64) -> Option<u64> {
+        let open = self.lanes.iter().filter(|l| l.comm_id == comm_id);
+        open.filter_map(|l| l.open.as_ref().map(|o| o.order)).min()
     }
 
     /// Whether a call ended by an exception owes callbacks that the next call runs first.
@@ -196,6 +299,21 @@ impl<C> Queue<C> {
             .retain(|l| l.open.is_some() || l.comm.strong_count() > 0);
         self.uses.retain(|u| u.comm.strong_count() > 0);
         self.recent = 0;
+    }
+
+    /// Ops end with an error: their memory goes back, and `wait` and the next flush tell of it.
+    pub fn fail(&mut self, ops: &mut Ops<C>, from: usize, error: &Arc<Error>) {
+        if error.status != Status::Cancelled {
+            self.note(error);
+        }
+        for op in ops.iter_mut().skip(from) {
+            op.data = std::ptr::null_mut();
+            op.block
+                .take()
+                .into_iter()
+                .for_each(|b| self.results.cache.put(b));
+            self.failed.push((op.ticket, error.clone()));
+        }
     }
 
     /// Notes a failure for the next flush.

@@ -4,14 +4,14 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::queue::{Flight, Lane, Open, Outcome, Pending, Queue, Use};
+use super::queue::{Flight, Lane, Outcome, Pending, Queue, Results, Use};
 use super::{is_sticky, Ask, Bucketer};
 use crate::dtype::{DType, Op};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Call, CallKind};
 use crate::lane::work::{Meter, Rows, Work};
 use crate::lane::Endpoint;
-use crate::layout::{bucket_capacity, flat_shard};
+use crate::layout::bucket_capacity;
 use crate::memory::Block;
 
 /// Packing less than this is timed only now and then.
@@ -57,94 +57,42 @@ impl<C: Copy + Send> Bucketer<C> {
         Call::bare(kind, ordinal, self.bucket_bytes.unwrap_or(u64::MAX), 0)
     }
 
-    /// The op for the lanes, with memory for its result.
+    /// The op as it waits for its end.
     #[inline]
-    pub(super) fn prepare(
-        &self,
-        q: &mut Queue<C>,
-        index: usize,
-        comm: &Endpoint,
-        ask: &Ask<C>,
-    ) -> Result<(Work, Pending<C>)> {
-        let (rank, size) = (comm.rank(), comm.size());
-        let (numel, flat, offset, valid) = match ask.rows {
-            Rows::Pieces(_) => (ask.numel, false, 0, ask.numel),
-            Rows::Flat { total, .. } => {
-                let (offset, valid) = flat_shard(total, size, rank);
-                (total, true, offset, valid)
-            }
-        };
-        let mut block: Option<Block> = None;
-        if ask.output.is_null() {
-            let bytes = ask.numel * ask.finish.output.size();
-            let reserved = q.reserved.take();
-            block = match reserved.filter(|(_, had)| *had == bytes) {
-                Some((block, _)) => Some(block),
-                None => {
-                    reserved.into_iter().for_each(|(b, _)| q.cache.put(b));
-                    Some(q.cache.take(bytes)?)
-                }
-            };
-        }
-        let output = block.map_or(ask.output, |b| b.ptr);
-        let ordinal = q.lanes[index]
-            .ordinal
-            .unwrap_or_else(|| comm.next_ordinal());
-        let call = Call {
-            flat,
-            types: Some((ask.dtype, ask.op)),
-            tag: ask.tag,
-            numel: numel as u64,
-            scale: ask.finish.scale,
-            ..self.call(ordinal, CallKind::Submit)
-        };
-        let work = Work {
-            rows: ask.rows,
-            size,
-            numel: ask.numel,
-            dtype: ask.dtype,
-            op: ask.op,
-            finish: ask.finish,
-            output,
-            output_is_ours: block.is_some(),
-            borrow: ask.borrow,
-            call,
-        };
-        let pending = Pending {
-            ticket: self.nonce | (q.tickets + 1),
-            tag: ask.tag,
+    fn pending(&self, ticket: u64, rank: u32, ask: &Ask<C>, block: Option<Block>) -> Pending<C> {
+        let (offset, valid) = ask.work.place(rank);
+        Pending {
+            ticket,
+            tag: ask.work.tag,
             payload: ask.payload,
-            data: output,
-            block,
-            numel: ask.numel,
+            data: ask.work.output,
+            numel: ask.work.numel,
             valid,
             offset,
-            dtype: ask.finish.output,
-        };
-        Ok((work, pending))
+            shard: 0,
+            block,
+            dtype: ask.work.finish.output,
+        }
     }
 
-    /// Counts an accepted op.
+    /// Counts an accepted op; its ticket.
     #[inline]
-    pub(super) fn count(&self, q: &mut Queue<C>, index: usize, work: &Work) {
-        q.tickets += 1;
-        if q.lanes[index].ordinal.is_none() {
-            self.first_use(q, index, work.call.ordinal);
-        }
+    fn count(&self, tickets: &mut u64, work: &Work) -> u64 {
+        *tickets += 1;
         let element = work.dtype.size() as u64;
         let all = work.numel as u64 * u64::from(work.size) * element;
-        let real = if work.call.flat {
-            work.call.numel * element
-        } else {
-            all
+        let real = match work.rows {
+            Rows::Flat { total, .. } => total as u64 * element,
+            Rows::Pieces(_) => all,
         };
         self.counters.payload_bytes.add(real);
         self.counters.padding_bytes.add(all - real);
+        self.nonce | *tickets
     }
 
-    /// Notes the number that the bucketer has got on a comm.
+    /// Notes the number that the bucketer has got on a comm with its first op there.
     #[cold]
-    pub(super) fn first_use(&self, q: &mut Queue<C>, index: usize, ordinal: u32) {
+    fn first_use(&self, q: &mut Queue<C>, index: usize, ordinal: u32) {
         let (comm, comm_id) = (q.lanes[index].comm.clone(), q.lanes[index].comm_id);
         for lane in q.lanes.iter_mut().filter(|l| l.comm_id == comm_id) {
             lane.ordinal = Some(ordinal);
@@ -155,6 +103,13 @@ impl<C: Copy + Send> Bucketer<C> {
             ordinal,
             staging: 0,
         });
+    }
+
+    /// The bucketer's number on a lane's comm, and its bucket size, as ranks compare them.
+    #[inline]
+    fn place(&self, lane: &Lane<C>, comm: &Endpoint) -> (u32, u64) {
+        let ordinal = lane.ordinal.unwrap_or_else(|| comm.next_ordinal());
+        (ordinal, self.bucket_bytes.unwrap_or(u64::MAX))
     }
 
     /// Notes how much staging a comm has by now.
@@ -171,38 +126,42 @@ impl<C: Copy + Send> Bucketer<C> {
     /// # Safety
     /// As for `submit`.
     #[inline]
-    pub(super) unsafe fn gather(
+    unsafe fn gather(
         &self,
-        q: &mut Queue<C>,
-        index: usize,
-        comm: &Endpoint,
-        ask: &Ask<C>,
+        lane: &mut Lane<C>,
+        results: &mut Results,
+        tickets: &mut u64,
+        ask: &mut Ask<C>,
     ) -> Result<u64> {
-        let (work, pending) = self.prepare(q, index, comm, ask)?;
+        let Some(open) = lane.open.as_ref() else {
+            return Ok(0);
+        };
+        let comm = &*open.comm;
+        let block = results.take_for(&mut ask.work)?;
+        ask.work.bucketer = self.place(lane, comm);
+        let (work, rank) = (&ask.work, comm.rank());
         let mut meter = Meter::default();
-        let rare = q.tickets.is_multiple_of(SAMPLE);
-        let start = (rare || work.bytes() >= TIMED).then(Instant::now);
+        let large = work.bytes() >= TIMED;
+        let start = (large || tickets.is_multiple_of(SAMPLE)).then(Instant::now);
         // SAFETY: by the promise of this function.
-        let taken = unsafe { comm.submit(q.lanes[index].id, &work, &self.pool, &mut meter) };
+        let taken = unsafe { comm.submit(lane.id, work, &self.pool, &mut meter) };
         if let Some(start) = start {
-            let times = if work.bytes() >= TIMED { 1 } else { SAMPLE };
+            let times = if large { 1 } else { SAMPLE };
             let spent =
                 (start.elapsed().as_nanos() as u64).saturating_sub(meter.wait_ns + meter.reduce_ns);
             self.counters.pack_ns.add(spent * times);
         }
         self.counters.meter(&meter);
         if let Err(e) = taken {
-            pending.block.into_iter().for_each(|b| q.cache.put(b));
-            return Err(self.refused(q, e));
+            block.into_iter().for_each(|b| results.cache.put(b));
+            return Err(e);
         }
-        self.count(q, index, &work);
+        let ticket = self.count(tickets, work);
         self.counters.ops_bucketed.add(1);
-        let ticket = pending.ticket;
-        let lane = &mut q.lanes[index];
         lane.taken += 1;
         if let Some(open) = &mut lane.open {
             open.used += work.numel;
-            open.ops.push_back(pending);
+            open.ops.push_back(self.pending(ticket, rank, ask, block));
         }
         Ok(ticket)
     }
@@ -216,45 +175,67 @@ impl<C: Copy + Send> Bucketer<C> {
         q: &mut Queue<C>,
         index: usize,
         comm: &Arc<Endpoint>,
-        ask: &Ask<C>,
+        ask: &mut Ask<C>,
     ) -> Result<u64> {
         if q.lanes[index].open.is_none() {
-            let open = Open {
-                comm: comm.clone(),
-                order: q.orders + 1,
-                used: 0,
-                ops: q.spare.pop().unwrap_or_default(),
-            };
-            q.lanes[index].open = Some(open);
+            q.open(index, comm.clone());
         }
         // SAFETY: by the promise of this function.
-        let taken = unsafe { self.gather(q, index, comm, ask) };
-        let open = &mut q.lanes[index].open;
-        match open.as_ref().map_or(0, |o| o.ops.len()) {
-            0 => *open = None,
-            1 => q.orders += 1,
-            _ => {}
+        let taken =
+            unsafe { self.gather(&mut q.lanes[index], &mut q.results, &mut q.tickets, ask) };
+        q.opened(index);
+        if taken.is_ok() && q.lanes[index].ordinal.is_none() {
+            self.first_use(q, index, ask.work.bucketer.0);
         }
-        taken
+        taken.map_err(|e| self.refused(q, e))
     }
 
-    /// The common case of a submit: the op fits into the open bucket of the lane that was used last,
-    /// with room to spare, so that nothing else has to happen. None: it is not that case.
+    /// The common case of a submit: the op fits into the open bucket of the lane that was used last, or
+    /// opens one, with room to spare, so that nothing else has to happen. None: it is not that case, or
+    /// that lane is not one of comm `id`. `ask` checks the op against the comm.
     ///
     /// # Safety
     /// As for `submit`.
     #[inline]
-    pub unsafe fn submit_fitting(&self, comm: &Endpoint, ask: &Ask<C>) -> Option<Result<u64>> {
-        let mut q = self.lock();
+    pub unsafe fn submit_fitting(
+        &self,
+        id: u64,
+        ask: impl FnOnce(&Endpoint) -> Result<Ask<C>>,
+    ) -> Option<Result<u64>> {
+        let mut held = self.lock();
+        let q = &mut *held;
         let index = q.recent;
         let lane = q.lanes.get(index)?;
-        let same = lane.comm_id == comm.id() && lane.dtype == ask.dtype && lane.op == ask.op;
-        let left = lane.capacity? - lane.open.as_ref()?.used;
-        if !same || ask.numel >= left || q.closing || q.owes() {
+        let capacity = lane.capacity?;
+        if lane.comm_id != id || lane.ordinal.is_none() || q.closing || q.owes() {
             return None;
         }
-        // SAFETY: by the promise of this function.
-        Some(unsafe { self.gather(&mut q, index, comm, ask) })
+        let opens = lane.open.is_none();
+        if opens {
+            let comm = lane.comm.upgrade()?;
+            q.open(index, comm);
+        }
+        let lane = &mut q.lanes[index];
+        let open = lane.open.as_ref()?;
+        let taken = match ask(&open.comm) {
+            Err(e) => Some(Err(e)),
+            Ok(mut ask) => {
+                let same = lane.dtype == ask.work.dtype && lane.op == ask.work.op;
+                if same && ask.work.numel < capacity - open.used {
+                    // SAFETY: by the promise of this function.
+                    Some(unsafe { self.gather(lane, &mut q.results, &mut q.tickets, &mut ask) })
+                } else {
+                    None
+                }
+            }
+        };
+        if opens {
+            q.opened(index);
+        }
+        match taken {
+            Some(Err(e)) => Some(Err(self.refused(q, e))),
+            other => other,
+        }
     }
 
     /// Carries out an op that is larger than a bucket; it is in `flights`, or `due`, afterwards.
@@ -266,25 +247,28 @@ impl<C: Copy + Send> Bucketer<C> {
         q: &mut Queue<C>,
         index: usize,
         comm: &Arc<Endpoint>,
-        ask: &Ask<C>,
+        ask: &mut Ask<C>,
         nested: bool,
     ) -> Result<u64> {
-        let (work, pending) = self.prepare(q, index, comm, ask)?;
+        let block = q.results.take_for(&mut ask.work)?;
+        ask.work.bucketer = self.place(&q.lanes[index], comm);
         let mut meter = Meter::default();
         // SAFETY: by the promise of this function.
-        let done = unsafe { comm.direct(&work, &self.pool, &mut meter) };
+        let done = unsafe { comm.direct(&ask.work, &self.pool, &mut meter) };
         self.counters.meter(&meter);
         if let Err(e) = done {
-            pending.block.into_iter().for_each(|b| q.cache.put(b));
+            block.into_iter().for_each(|b| q.results.cache.put(b));
             return Err(self.refused(q, e));
         }
-        self.count(q, index, &work);
+        let ticket = self.count(&mut q.tickets, &ask.work);
+        if q.lanes[index].ordinal.is_none() {
+            self.first_use(q, index, ask.work.bucketer.0);
+        }
         self.counters.ops_direct.add(1);
         self.counters.collectives_launched.add(1);
         self.measure(q, comm);
-        let ticket = pending.ticket;
-        let mut ops = q.spare.pop().unwrap_or_default();
-        ops.push_back(pending);
+        let mut ops = q.list();
+        ops.push_back(self.pending(ticket, comm.rank(), ask, block));
         let flight = Flight {
             comm: comm.clone(),
             lane: 0,

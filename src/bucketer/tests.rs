@@ -9,6 +9,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::dtype::{DType, Finish, Op};
+use crate::lane::work::Rows;
 use crate::lane::Options;
 use crate::layout::shard_numel;
 use crate::memory::System;
@@ -132,7 +134,7 @@ impl Rank<'_> {
         if shape.output || shape.accumulate {
             (0..shard.max(1)).for_each(|_| encode(shape.dtype, 2.0, &mut output));
         }
-        let ask = Ask {
+        let work = Work {
             rows: match shape.flat && numel > 0 {
                 true => Rows::Flat {
                     data: pointers[0],
@@ -140,6 +142,7 @@ impl Rank<'_> {
                 },
                 false => Rows::Pieces(pointers.as_ptr()),
             },
+            size,
             numel: shard,
             dtype: shape.dtype,
             op: shape.op,
@@ -152,10 +155,12 @@ impl Rank<'_> {
                 true => std::ptr::null_mut(),
                 false => output.as_mut_ptr(),
             },
+            output_is_ours: false,
             borrow: shape.borrow,
             tag: op as u64,
-            payload: op,
+            bucketer: (0, 0),
         };
+        let ask = Ask { work, payload: op };
         let kept = if shape.borrow { input } else { Vec::new() };
         self.sent.insert(
             op,
@@ -168,6 +173,13 @@ impl Rank<'_> {
             },
         );
         // SAFETY: the rows are readable, the output and lent rows are kept in `sent`.
+        let fitting = unsafe { self.bucketer.submit_fitting(self.comm.id(), |_| Ok(ask)) };
+        match fitting {
+            Some(Ok(ticket)) => return self.tickets[op] = ticket,
+            Some(Err(e)) => return self.trouble.push(format!("submit {op}: {e}")),
+            None => {}
+        }
+        // SAFETY: as above.
         let turn = unsafe { self.bucketer.submit(self.comm.clone(), ask) };
         match self.drive(turn) {
             Ok(ticket) => self.tickets[op] = ticket,
@@ -176,14 +188,20 @@ impl Rank<'_> {
     }
 
     fn drive(&mut self, mut turn: Turn<'_, usize>) -> Result<u64> {
-        // SAFETY: as for the submits.
-        while let Some(done) = unsafe { turn.step() } {
-            self.check(&done);
+        loop {
+            while let Some(done) = turn.hand_back() {
+                self.check(&done);
+            }
+            // SAFETY: as for the submits.
+            if !unsafe { turn.look() } {
+                break;
+            }
         }
         turn.result().map(|()| turn.ticket().unwrap_or(0))
     }
 
-    fn check(&mut self, done: &Completion<usize>) {
+    fn check(&mut self, done: &Completion<'_, usize>) {
+        let (error, done) = (done.error, done.op);
         let (rank, size) = (self.comm.rank(), self.comm.size());
         let Some(sent) = self.sent.get_mut(&done.payload) else {
             self.trouble
@@ -202,10 +220,10 @@ impl Rank<'_> {
         }
         // SAFETY: a result holds `numel` elements.
         let got = unsafe { std::slice::from_raw_parts(done.data, want.len()) };
-        if done.error.is_some() || got != want.as_slice() {
+        if error.is_some() || got != want.as_slice() {
             self.trouble.push(format!(
                 "op {}: wrong result, error {:?}",
-                done.payload, done.error
+                done.payload, error
             ));
         }
         let again = sent.back != 1;

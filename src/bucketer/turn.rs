@@ -1,20 +1,20 @@
-//! One call on a bucketer, step by step: each step hands out a finished op whose callback is due, or
-//! says that the call is over.
+//! One call on a bucketer, step by step: a look takes finished ops out of the queue, which are handed
+//! back one by one, until a look finds that the call is over.
 //!
-//! The caller runs the callback between two steps, with no lock held. Should it never come back (a C++
-//! exception), dropping the turn settles what was handed out; everything else is still in the queue.
+//! The caller runs each callback with no lock held. Should it never come back (a C++ exception),
+//! dropping the turn settles what was handed back; everything else is in the queue again.
 
-use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::hand::Hand;
 use super::plan::{Plan, Step};
 use super::queue::Queue;
-use super::{this_thread, Bucketer, Completion};
+use super::{Bucketer, Completion};
 use crate::error::Result;
 use crate::fingerprint::CallKind;
-use crate::memory::Block;
-use std::sync::atomic::Ordering;
+use crate::thread;
 
 /// A call under way.
 pub struct Turn<'a, C: Copy + Send> {
@@ -26,28 +26,27 @@ pub struct Turn<'a, C: Copy + Send> {
     pub(super) nested: bool,
     /// A callback has thrown: no further one runs in this call.
     pub(super) abandoned: bool,
-    /// Taken out together, to be handed out one by one.
-    pub(super) batch: VecDeque<(Completion<C>, Option<Block>)>,
-    /// Handed out; their memory goes back with the next look at the queue.
-    handed: Vec<(Block, u64)>,
+    /// What is handed back now.
+    pub(super) batch: Hand<C>,
+    /// What a callback did at once: it comes right after that callback.
+    pub(super) due: Hand<C>,
     since: Option<Instant>,
     count: u64,
 }
 
-/// How many ops are taken out of the queue at a time.
+/// How many ops are handed back before their memory is taken back.
 const BATCH: usize = 32;
 
 impl<'a, C: Copy + Send> Turn<'a, C> {
     pub(super) fn new(bucketer: &'a Bucketer<C>, plan: Plan<C>) -> Turn<'a, C> {
-        let nested = bucketer.is_running_here();
         let mut turn = Turn {
             bucketer,
-            nested,
+            nested: bucketer.is_running_here(),
             abandoned: false,
             result: Ok(()),
             guard: None,
-            batch: VecDeque::new(),
-            handed: Vec::new(),
+            batch: Hand::empty(),
+            due: Hand::empty(),
             since: None,
             count: 0,
             plan,
@@ -64,36 +63,38 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             .turn
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        self.bucketer.runner.store(this_thread(), Ordering::Relaxed);
+        self.bucketer
+            .runner
+            .store(thread::this(), Ordering::Relaxed);
         self.guard = Some(guard);
     }
 
-    /// The next op whose callback is due; none: [`Turn::result`] has the result.
+    /// The next op whose callback is due, of those that the last look has found; none: look again.
+    #[inline]
+    pub fn hand_back(&mut self) -> Option<Completion<'_, C>> {
+        let counters = &self.bucketer.counters;
+        let hand = if !self.due.is_over() {
+            &mut self.due
+        } else if self.bucketer.is_due.load(Ordering::Relaxed) || self.batch.unsettled() >= BATCH {
+            return None;
+        } else {
+            &mut self.batch
+        };
+        let next = hand.next()?;
+        self.count += 1;
+        match next.error {
+            None => counters.ops_completed.add(1),
+            Some(_) => counters.ops_failed.add(1),
+        }
+        Some(next)
+    }
+
+    /// Carries the call on until ops are there to be handed back. False: it is over, and
+    /// [`Turn::result`] has the result.
     ///
     /// # Safety
     /// The pointers that the call was given are as the contract's rule 6 says.
-    pub unsafe fn step(&mut self) -> Option<Completion<C>> {
-        let bucketer = self.bucketer;
-        if self.batch.is_empty() || bucketer.is_due.load(Ordering::Relaxed) {
-            // SAFETY: by the promise of this function.
-            unsafe { self.look() };
-        }
-        let (op, block) = self.batch.pop_front()?;
-        self.handed.extend(block.map(|block| (block, op.shard)));
-        self.count += 1;
-        self.since.get_or_insert_with(Instant::now);
-        match op.error {
-            None => bucketer.counters.ops_completed.count(),
-            Some(_) => bucketer.counters.ops_failed.count(),
-        }
-        Some(op)
-    }
-
-    /// Looks at the queue: what comes next is at the front of the batch then, unless the call is over.
-    ///
-    /// # Safety
-    /// As for `step`.
-    unsafe fn look(&mut self) {
+    pub unsafe fn look(&mut self) -> bool {
         let bucketer = self.bucketer;
         let mut q = bucketer.lock();
         if let Some(start) = self.since.take() {
@@ -104,11 +105,12 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
         loop {
             // SAFETY: by the promise of this function.
             match unsafe { self.advance(&mut q) } {
-                Step::Op(op, block) => {
-                    self.batch.push_front((op, block));
-                    return;
+                Step::Batch => {
+                    drop(q);
+                    self.since = Some(Instant::now());
+                    return true;
                 }
-                Step::Batch | Step::Done => return,
+                Step::Done => return false,
                 Step::Again => {}
                 Step::NeedsTurn => {
                     // The turn comes before the queue's lock.
@@ -131,25 +133,18 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
     }
 
     fn settle(&mut self, q: &mut Queue<C>) {
-        for (block, shard) in self.handed.drain(..) {
-            q.cache.settle(block, shard);
-        }
+        self.due.settle(q);
+        self.batch.settle(q);
     }
 
-    /// Takes ops out of flight `index`, which is over as far as those, up to number `upto` of its lane.
-    pub(super) fn take_out(&mut self, q: &mut Queue<C>, index: usize, upto: u64) -> Step<C> {
-        let room = BATCH.min(upto.saturating_sub(q.flights[index].first) as usize);
-        for _ in 0..room.max(1) {
-            let last = q.flights[index].ops.len() <= 1;
-            let Some(op) = self.bucketer.hand_out(q, index) else {
-                return Step::Again;
-            };
-            self.batch.push_back(op);
-            if last {
-                break;
+    /// Leaves what is not handed back to the next call.
+    fn owe(&mut self, q: &mut Queue<C>) {
+        self.settle(q);
+        for hand in [&mut self.batch, &mut self.due] {
+            if !hand.is_over() {
+                q.owed.push_front(std::mem::take(hand));
             }
         }
-        Step::Batch
     }
 }
 
@@ -170,10 +165,7 @@ impl<C: Copy + Send> Turn<'_, C> {
     pub unsafe fn abandon(&mut self) {
         let bucketer = self.bucketer;
         let mut q = bucketer.lock();
-        self.settle(&mut q);
-        while let Some(op) = self.batch.pop_back() {
-            q.owed.push_front(op);
-        }
+        self.owe(&mut q);
         let nested = std::mem::replace(&mut self.nested, true);
         self.abandoned = true;
         match self.plan {
@@ -213,12 +205,10 @@ impl<C: Copy + Send> Turn<'_, C> {
 
 impl<C: Copy + Send> Drop for Turn<'_, C> {
     fn drop(&mut self) {
-        if !self.handed.is_empty() || !self.batch.is_empty() {
+        let idle = |hand: &Hand<C>| hand.is_over() && hand.unsettled() == 0;
+        if !idle(&self.batch) || !idle(&self.due) {
             let mut q = self.bucketer.lock();
-            self.settle(&mut q);
-            while let Some(op) = self.batch.pop_back() {
-                q.owed.push_front(op);
-            }
+            self.owe(&mut q);
         }
         if self.guard.is_some() {
             self.bucketer.runner.store(0, Ordering::Relaxed);

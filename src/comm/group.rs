@@ -47,6 +47,7 @@ pub enum Stall {
 
 impl Stall {
     /// The rank that is awaited.
+    #[inline]
     pub fn rank(&self) -> u32 {
         match *self {
             Stall::Line { rank, .. } | Stall::Consumed { rank, .. } => rank,
@@ -112,11 +113,13 @@ impl Group {
     }
 
     /// Ranks of the group.
+    #[inline]
     pub fn size(&self) -> u32 {
         self.ranks.len() as u32
     }
 
     /// Where things lie.
+    #[inline]
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
@@ -126,11 +129,13 @@ impl Group {
         self.spin
     }
 
+    #[inline]
     fn head(&self, rank: u32) -> &Head {
         // SAFETY: every rank's memory begins with a Head, all of it atomics, valid while self is.
         unsafe { &*(self.ranks[rank as usize] as *const Head) }
     }
 
+    #[inline]
     fn own_head(&self) -> &Head {
         self.head(self.rank)
     }
@@ -142,6 +147,7 @@ impl Group {
         unsafe { &*(self.ranks[rank as usize].add(at) as *const Line) }
     }
 
+    #[inline]
     fn call_of(&self, rank: u32, number: u64) -> &CallRecord {
         let index = number as usize % CALLS;
         let at = self.layout.calls_at + index * std::mem::size_of::<CallRecord>();
@@ -149,12 +155,14 @@ impl Group {
         unsafe { &*(self.ranks[rank as usize].add(at) as *const CallRecord) }
     }
 
+    #[inline]
     fn word(&self) -> &AtomicU64 {
         // SAFETY: valid while self is, by the promise of `new`.
         unsafe { &*self.word }
     }
 
     /// Where chunk slot `slot` of `rank` begins; none if there is no such slot.
+    #[inline]
     pub fn chunk(&self, rank: u32, slot: u32) -> Option<*const u8> {
         let g = &self.layout.geometry;
         if slot as usize >= g.chunks {
@@ -166,6 +174,7 @@ impl Group {
     }
 
     /// Where chunk slot `slot` of this rank begins, for filling.
+    #[inline]
     pub fn own_chunk(&self, slot: u32) -> *mut u8 {
         debug_assert!((slot as usize) < self.layout.geometry.chunks);
         let at = self.layout.staging_at + slot as usize * self.layout.geometry.chunk_bytes;

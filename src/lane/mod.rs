@@ -91,7 +91,7 @@ enum Lanes {
 
 /// One rank's end of a group.
 pub struct Endpoint {
-    id: u64,
+    id: AtomicU64,
     label: String,
     lanes: Lanes,
 }
@@ -99,7 +99,7 @@ pub struct Endpoint {
 fn endpoint(label: &str, lanes: Lanes) -> Arc<Endpoint> {
     static IDS: AtomicU64 = AtomicU64::new(1);
     Arc::new(Endpoint {
-        id: IDS.fetch_add(1, Ordering::Relaxed),
+        id: AtomicU64::new(IDS.fetch_add(1, Ordering::Relaxed)),
         label: label.to_string(),
         lanes,
     })
@@ -169,11 +169,18 @@ impl Endpoint {
     }
 
     /// A number that no other comm of this process has or had.
+    #[inline]
     pub fn id(&self) -> u64 {
-        self.id
+        self.id.load(Ordering::Relaxed)
+    }
+
+    /// Gives a comm that nobody uses yet the number of its handle, which is as unique.
+    pub fn rename(&self, token: u64) {
+        self.id.store(token, Ordering::Relaxed);
     }
 
     /// This rank.
+    #[inline]
     pub fn rank(&self) -> u32 {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().rank(),
@@ -182,6 +189,7 @@ impl Endpoint {
     }
 
     /// Ranks of the group.
+    #[inline]
     pub fn size(&self) -> u32 {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().size(),
@@ -218,6 +226,7 @@ impl Endpoint {
     }
 
     /// Puts the comm's label before an error's sentence.
+    #[cold]
     pub fn named(&self, mut error: Error) -> Error {
         if !self.label.is_empty() {
             error.message = format!("{}: {}", self.label, error.message);
@@ -225,6 +234,7 @@ impl Endpoint {
         error
     }
 
+    #[inline]
     fn naming<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|e| self.named(e))
     }
@@ -282,6 +292,7 @@ impl Endpoint {
     /// # Safety
     /// The pointers of `work` are as the contract's rule 6 says; with `borrow`, and for the output,
     /// until the op is complete or its lane is closed.
+    #[inline]
     pub unsafe fn submit(
         &self,
         id: LaneId,

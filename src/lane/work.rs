@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crate::dtype::{DType, Finish, Op};
-use crate::fingerprint::Call;
+use crate::fingerprint::{Call, CallKind};
 use crate::layout::flat_shard;
 
 /// Where the rows of an op lie: row r is what this rank gives to rank r.
@@ -41,14 +41,45 @@ pub struct Work {
     pub output_is_ours: bool,
     /// Whether the input stays as it is until the op is done.
     pub borrow: bool,
-    /// Its place in the sequence, as ranks compare it.
-    pub call: Call,
+    /// Which tensor this is.
+    pub tag: u64,
+    /// The bucketer's number on the comm, and its bucket size, as ranks compare them.
+    pub bucketer: (u32, u64),
 }
 
 impl Work {
     /// Bytes of a shard of the input.
+    #[inline]
     pub fn bytes(&self) -> usize {
         self.numel * self.dtype.size()
+    }
+
+    /// Its place in the sequence, as ranks compare it.
+    #[inline]
+    pub fn call(&self) -> Call {
+        let (flat, numel) = match self.rows {
+            Rows::Pieces(_) => (false, self.numel),
+            Rows::Flat { total, .. } => (true, total),
+        };
+        Call {
+            kind: CallKind::Submit,
+            flat,
+            types: Some((self.dtype, self.op)),
+            ordinal: self.bucketer.0,
+            bucket_bytes: self.bucketer.1,
+            tag: self.tag,
+            numel: numel as u64,
+            scale: self.finish.scale,
+        }
+    }
+
+    /// Where the shard of `rank` begins in a flat tensor, and how many of its elements are real.
+    #[inline]
+    pub fn place(&self, rank: u32) -> (usize, usize) {
+        match self.rows {
+            Rows::Pieces(_) => (0, self.numel),
+            Rows::Flat { total, .. } => flat_shard(total, self.size, rank),
+        }
     }
 
     /// Row `rank`: its first byte, and how many of its elements are real.
@@ -84,7 +115,7 @@ impl Work {
         // SAFETY: `real` elements from `from` on exist in the row; `to` takes `count` of them.
         unsafe {
             if real > 0 {
-                std::ptr::copy_nonoverlapping(row.add(from * element), to, real * element);
+                copy(row.add(from * element), to, real * element);
             }
             if real < count {
                 to.add(real * element)
@@ -93,14 +124,62 @@ impl Work {
         }
     }
 
+    /// Copies elements `from..from + count` of every row but `skipped` to `to`, one `stride` bytes after
+    /// the other.
+    ///
+    /// # Safety
+    /// As for `copy_row`.
+    #[inline]
+    pub unsafe fn copy_rows(
+        &self,
+        from: usize,
+        count: usize,
+        to: *mut u8,
+        stride: usize,
+        skipped: u32,
+    ) {
+        let (skip, bytes) = (from * self.dtype.size(), count * self.dtype.size());
+        for rank in (0..self.size).filter(|&rank| rank != skipped) {
+            // SAFETY: by the promise of this function.
+            unsafe {
+                let to = to.add(rank as usize * stride);
+                match self.rows {
+                    Rows::Pieces(pieces) => copy((*pieces.add(rank as usize)).add(skip), to, bytes),
+                    Rows::Flat { .. } => self.copy_row(rank, from, count, to),
+                }
+            }
+        }
+    }
+
     /// Whether elements `from..from + count` of this rank's own row are all real.
     ///
     /// # Safety
     /// As for `row`.
+    #[inline]
     pub unsafe fn is_whole(&self, rank: u32, from: usize, count: usize) -> bool {
         // SAFETY: by the promise of this function.
         let (_, valid) = unsafe { self.row(rank) };
         from + count <= valid
+    }
+}
+
+/// Copies `bytes`. Single elements are common, and cost less than a call of memcpy.
+///
+/// # Safety
+/// `from` is readable and `to` writable for `bytes`; they do not overlap.
+#[inline]
+unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
+    // SAFETY: by the promise of this function; any alignment.
+    unsafe {
+        match bytes {
+            4 => to
+                .cast::<u32>()
+                .write_unaligned(from.cast::<u32>().read_unaligned()),
+            8 => to
+                .cast::<u64>()
+                .write_unaligned(from.cast::<u64>().read_unaligned()),
+            _ => from.copy_to_nonoverlapping(to, bytes),
+        }
     }
 }
 

@@ -341,6 +341,9 @@ mod x86 {
     );
 }
 
+/// A last block of fewer elements than this is worked off one by one: padding it would cost more.
+const FEW: usize = 8;
+
 /// Carries out `job` with rows of `In`, a result of `Out`, values of `A`, in blocks of `B`. With `SUM`
 /// it knows at compile time that it sums, which is worth code of its own.
 ///
@@ -355,40 +358,63 @@ where
     Out: Element<A>,
     A: Accumulator,
 {
+    let mut done = 0;
+    while done < job.count {
+        let left = job.count - done;
+        // SAFETY: rows and output have `count` elements, so as many from `done` on as a block takes.
+        unsafe {
+            if left >= FEW {
+                block::<L, In, Out, A, SUM, B>(job, done, B.min(left));
+                done += B.min(left);
+            } else {
+                block::<Portable, In, Out, A, SUM, 1>(job, done, 1);
+                done += 1;
+            }
+        }
+    }
+}
+
+/// Carries out `job` for `len` elements from `done` on, at most `B`.
+///
+/// # Safety
+/// As for `run`; the job has those elements.
+#[inline(always)]
+unsafe fn block<L, In, Out, A, const SUM: bool, const B: usize>(job: &Job, done: usize, len: usize)
+where
+    L: Level,
+    In: Element<A>,
+    Out: Element<A>,
+    A: Accumulator,
+{
     let [first, rest @ ..] = job.srcs else {
         return;
     };
     let op = if SUM { Op::Sum } else { job.op };
-    let mut done = 0;
-    while done < job.count {
-        let len = B.min(job.count - done);
-        let mut acc = [A::ZERO; B];
-        // SAFETY: rows and output have `count` elements, so `len` from `done` on.
-        unsafe { load::<L, In, A, B>(first.cast::<In>().add(done), len, &mut acc) };
-        for row in rest {
-            let mut values = [A::ZERO; B];
-            // SAFETY: as above.
-            unsafe { load::<L, In, A, B>(row.cast::<In>().add(done), len, &mut values) };
-            match op {
-                Op::Sum | Op::Avg => combine(&mut acc, &values, A::sum),
-                Op::Prod => combine(&mut acc, &values, A::prod),
-                Op::Min => combine(&mut acc, &values, A::min),
-                Op::Max => combine(&mut acc, &values, A::max),
-            }
-        }
-        A::scale(&mut acc, job);
+    let mut acc = [A::ZERO; B];
+    // SAFETY: rows and output have `len` elements from `done` on.
+    unsafe { load::<L, In, A, B>(first.cast::<In>().add(done), len, &mut acc) };
+    for row in rest {
+        let mut values = [A::ZERO; B];
         // SAFETY: as above.
-        let out = unsafe { job.dst.cast::<Out>().add(done) };
-        if job.accumulate {
-            let mut held = [A::ZERO; B];
-            // SAFETY: as above.
-            unsafe { load::<L, Out, A, B>(out, len, &mut held) };
-            combine(&mut acc, &held, A::sum);
+        unsafe { load::<L, In, A, B>(row.cast::<In>().add(done), len, &mut values) };
+        match op {
+            Op::Sum | Op::Avg => combine(&mut acc, &values, A::sum),
+            Op::Prod => combine(&mut acc, &values, A::prod),
+            Op::Min => combine(&mut acc, &values, A::min),
+            Op::Max => combine(&mut acc, &values, A::max),
         }
-        // SAFETY: as above.
-        unsafe { store::<L, Out, A, B>(&acc, out, len) };
-        done += len;
     }
+    A::scale(&mut acc, job);
+    // SAFETY: as above.
+    let out = unsafe { job.dst.cast::<Out>().add(done) };
+    if job.accumulate {
+        let mut held = [A::ZERO; B];
+        // SAFETY: as above.
+        unsafe { load::<L, Out, A, B>(out, len, &mut held) };
+        combine(&mut acc, &held, A::sum);
+    }
+    // SAFETY: as above.
+    unsafe { store::<L, Out, A, B>(&acc, out, len) };
 }
 
 /// Combines two blocks into the first.

@@ -20,29 +20,93 @@ use kernel::{Avx2, Avx512};
 /// Finds the kernel of one instruction set for (input, operation, output).
 type Table = fn(DType, Op, DType) -> Option<Kernel>;
 
-/// Combines rows in the order in which they are given and writes the finished result.
-///
-/// `srcs[r]` is `count` elements of `dtype`; `dst` takes `count` elements of `fin.output`. `ranks`
-/// is what AVG divides by: the rows may have been summed elsewhere. `check_rules` has accepted the
-/// combination. A NaN that is computed is written as the canonical quiet one; a single row that
-/// needs no arithmetic is copied bit for bit.
-///
-/// # Safety
-/// The rows must be readable and `dst` writable for `count` elements, at any alignment. `dst` may be
-/// exactly one of the rows if `fin.output` is `dtype`, and must overlap nothing else.
-pub unsafe fn reduce(
+/// The reductions of one type and operation, one after the other. While it lives this thread computes
+/// in the default float environment.
+pub struct Reduction {
+    table: Table,
     dtype: DType,
     op: Op,
-    srcs: &[*const u8],
-    count: usize,
-    ranks: u32,
-    fin: &Finish,
-    dst: *mut u8,
-) {
-    static CHOSEN: OnceLock<Table> = OnceLock::new();
-    let table = *CHOSEN.get_or_init(|| tables().last().map_or(table::<Portable>, |(_, t)| *t));
-    // SAFETY: passed on; the table is one of this CPU.
-    unsafe { reduce_with(table, dtype, op, srcs, count, ranks, fin, dst) }
+    divisor: f64,
+    factor: f64,
+    /// The kernel that was used last, and its output type.
+    kernel: Option<(DType, Kernel)>,
+    _env: FloatEnv,
+}
+
+impl Reduction {
+    /// Reductions with the best instruction set of this CPU. `ranks` is what AVG divides by: the rows may
+    /// have been summed elsewhere.
+    pub fn new(dtype: DType, op: Op, ranks: u32) -> Reduction {
+        static CHOSEN: OnceLock<Table> = OnceLock::new();
+        let best = || {
+            tables()
+                .last()
+                .map_or(table::<Portable> as Table, |(_, t)| *t)
+        };
+        Reduction::with(*CHOSEN.get_or_init(best), dtype, op, ranks)
+    }
+
+    /// Reductions with the kernels of one instruction set of this CPU.
+    fn with(table: Table, dtype: DType, op: Op, ranks: u32) -> Reduction {
+        let (mut divisor, mut factor) = (1.0, 1.0);
+        if op == Op::Avg {
+            // The inverse of a power of two is exact, so multiplying rounds as dividing does, sooner.
+            if ranks.is_power_of_two() {
+                factor = 1.0 / f64::from(ranks);
+            } else {
+                divisor = f64::from(ranks);
+            }
+        }
+        Reduction {
+            table,
+            dtype,
+            op,
+            divisor,
+            factor,
+            kernel: None,
+            _env: FloatEnv::enter(),
+        }
+    }
+
+    /// Combines rows in the order in which they are given and writes the finished result.
+    ///
+    /// `srcs[r]` is `count` elements of the type; `dst` takes `count` elements of `fin.output`.
+    /// `check_rules` has accepted the combination. A NaN that is computed is written as the canonical quiet
+    /// one; a single row that needs no arithmetic is copied bit for bit.
+    ///
+    /// # Safety
+    /// The rows must be readable and `dst` writable for `count` elements, at any alignment. `dst` may be
+    /// exactly one of the rows if `fin.output` is the type, and must overlap nothing else.
+    #[inline]
+    pub unsafe fn rows(&mut self, srcs: &[*const u8], count: usize, fin: &Finish, dst: *mut u8) {
+        if let [row] = *srcs {
+            let unscaled = self.divisor == 1.0 && self.factor == 1.0;
+            if unscaled && *fin == Finish::plain(self.dtype) {
+                // SAFETY: the caller's pointers; a copy onto itself is allowed.
+                unsafe { dst.copy_from(row, count * self.dtype.size()) };
+                return;
+            }
+        }
+        let kernel = match self.kernel {
+            Some((output, kernel)) if output == fin.output => kernel,
+            _ => match (self.table)(self.dtype, self.op, fin.output) {
+                Some(kernel) => self.kernel.insert((fin.output, kernel)).1,
+                None => return,
+            },
+        };
+        let job = Job {
+            op: self.op,
+            srcs,
+            dst,
+            count,
+            divisor: self.divisor,
+            factor: self.factor,
+            scale: fin.scale,
+            accumulate: fin.accumulate,
+        };
+        // SAFETY: passed on; the kernel is the one of these types, for this CPU.
+        unsafe { kernel(&job) }
+    }
 }
 
 /// The instruction sets of this CPU, the best one last.
@@ -61,62 +125,6 @@ fn tables() -> Vec<(&'static str, Table)> {
         }
     }
     tables
-}
-
-/// `reduce` with the kernels of one instruction set.
-///
-/// # Safety
-/// As for `reduce`, and the table must be one of this CPU.
-#[allow(clippy::too_many_arguments)]
-unsafe fn reduce_with(
-    table: Table,
-    dtype: DType,
-    op: Op,
-    srcs: &[*const u8],
-    count: usize,
-    ranks: u32,
-    fin: &Finish,
-    dst: *mut u8,
-) {
-    let mut job = Job {
-        op,
-        srcs,
-        dst,
-        count,
-        divisor: 1.0,
-        factor: 1.0,
-        scale: fin.scale,
-        accumulate: fin.accumulate,
-    };
-    if op == Op::Avg {
-        // The inverse of a power of two is exact, so multiplying rounds as dividing does, sooner.
-        if ranks.is_power_of_two() {
-            job.factor = 1.0 / f64::from(ranks);
-        } else {
-            job.divisor = f64::from(ranks);
-        }
-    }
-    let plain = fin.output == dtype && !fin.accumulate && job.divisor == 1.0;
-    if let [row] = *srcs {
-        if plain && job.factor == 1.0 && job.scale == 1.0 {
-            // SAFETY: the caller's pointers; a copy onto itself is allowed.
-            unsafe { dst.copy_from(row, count * dtype.size()) };
-            return;
-        }
-    }
-    let Some(kernel) = table(dtype, op, fin.output) else {
-        debug_assert!(
-            false,
-            "{} of {} to {}",
-            op.name(),
-            dtype.name(),
-            fin.output.name()
-        );
-        return;
-    };
-    let _env = FloatEnv::enter();
-    // SAFETY: passed on; the kernel is the one of these types.
-    unsafe { kernel(&job) }
 }
 
 /// The kernel of one instruction set; none where `check_rules` refuses.

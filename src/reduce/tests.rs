@@ -2,7 +2,7 @@
 //! conversions against the `half` crate and against a search among all 16-bit values.
 
 use super::float::{Bf16, F16};
-use super::{reduce, reduce_with, tables, Table};
+use super::{tables, Reduction, Table};
 use crate::dtype::{check_rules, DType, Finish, Op};
 use half::{bf16, f16};
 use oracle::{bits_at, mix, nearest, oracle, row};
@@ -56,7 +56,7 @@ impl Case<'_> {
     fn run(&self, table: Table, srcs: &[*const u8], count: usize, dst: *mut u8) {
         let (dtype, op, fin) = (self.dtype, self.op, &self.fin);
         // SAFETY: the rows and the output were made for `count` elements, the table is this CPU's.
-        unsafe { reduce_with(table, dtype, op, srcs, count, self.ranks, fin, dst) }
+        unsafe { Reduction::with(table, dtype, op, self.ranks).rows(srcs, count, fin, dst) }
     }
 
     fn compare(&self, level: &str, result: &[u8], expected: &[u8]) {
@@ -246,15 +246,7 @@ fn reduce_bits(dtype: DType, op: Op, rows: &[Vec<u64>], output: DType) -> Vec<u6
     };
     // SAFETY: rows and output have `count` elements.
     unsafe {
-        reduce(
-            dtype,
-            op,
-            &srcs,
-            count,
-            rows.len() as u32,
-            &fin,
-            out.as_mut_ptr(),
-        )
+        Reduction::new(dtype, op, rows.len() as u32).rows(&srcs, count, &fin, out.as_mut_ptr())
     };
     (0..count).map(|i| bits_at(output, &out, i)).collect()
 }
@@ -351,13 +343,9 @@ fn all_16_bit_values_survive_a_round_trip() {
             );
             // SAFETY: all of them have 65536 elements.
             unsafe {
-                reduce_with(
-                    table,
-                    dtype,
-                    Op::Sum,
+                Reduction::with(table, dtype, Op::Sum, 1).rows(
                     &rows,
                     1 << 16,
-                    1,
                     &fin,
                     dst.as_mut_ptr(),
                 )
@@ -430,7 +418,7 @@ fn narrowing_rounds_once_to_nearest_even() {
             };
             let (srcs, count, dst) = ([bytes.as_ptr()], patterns.len(), out.as_mut_ptr());
             // SAFETY: the row and the output have `count` elements.
-            unsafe { reduce_with(table, DType::F32, Op::Sum, &srcs, count, 1, &fin, dst) };
+            unsafe { Reduction::with(table, DType::F32, Op::Sum, 1).rows(&srcs, count, &fin, dst) };
             for (i, bits) in patterns.iter().enumerate() {
                 let v = f32::from_bits(*bits);
                 let ours = if output == DType::F16 {

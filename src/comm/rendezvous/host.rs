@@ -391,12 +391,9 @@ fn tell(socket: &Socket, error: &Error) {
 }
 
 /// The error of `rank` as the others see it.
-fn from_rank(rank: u32, error: Error) -> Error {
-    Error {
-        message: format!("rank {rank}: {}", error.message),
-        ..error
-    }
-    .blame(rank)
+fn from_rank(rank: u32, mut error: Error) -> Error {
+    error.message = format!("rank {rank}: {}", error.message);
+    error.blame(rank)
 }
 
 /// Compares secrets in a time that does not tell where they differ.

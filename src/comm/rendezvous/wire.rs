@@ -115,12 +115,11 @@ impl Message {
                 if status.code() >= 0 {
                     return None;
                 }
-                Message::Fail(Error {
-                    status,
-                    native: input.u32()? as i32,
-                    peer: input.u32()? as i32,
-                    message: input.text()?,
-                })
+                let mut error = Error::new(status, "");
+                error.native = input.u32()? as i32;
+                error.peer = input.u32()? as i32;
+                error.message = input.text()?;
+                Message::Fail(error)
             }
             5 => Message::Go,
             _ => return None,

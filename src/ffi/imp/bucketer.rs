@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::comm::{comm_of, poison_after_panic};
+use super::comm::{comm_of, is_live, poison_after_panic};
 use super::read::{given, structure};
-use super::submit::{check, Callback};
+use super::submit::{check, plain, Callback};
 use super::{answer, fill, guarded, hook_panics, look_up, too_many};
 use crate::bucketer::{Bucketer, Completion, Turn, DEFAULT_BUCKET};
 use crate::error::{invalid, unsupported, Error, Result, Status};
@@ -21,6 +21,7 @@ use crate::memory::{self, Allocator, Pool, System, ALIGN};
 
 static BUCKETERS: Table<Bucketer<Callback>> = Table::new(0xb2);
 
+#[inline]
 fn bucketer_of(handle: *const rsb_bucketer) -> Result<Pinned<'static, Bucketer<Callback>>> {
     look_up(&BUCKETERS, handle as u64, "bucketer", "rsb_bucketer")
 }
@@ -129,11 +130,17 @@ static FINE: rsb_error = rsb_error {
 ///
 /// # Safety
 /// The callback is the caller's, made for this.
-unsafe fn call_back(op: &Completion<Callback>) {
+#[inline]
+unsafe fn call_back(done: &Completion<'_, Callback>) {
+    let op = done.op;
     let Some(function) = op.payload.function else {
         return;
     };
-    let failure = op.error.as_ref().map(|e| fill(e));
+    let mut failure = None;
+    let (error, status) = match done.error {
+        None => (&FINE, Status::Ok),
+        Some(e) => (&*failure.insert(fill(e)), e.status),
+    };
     let result = rsb_result {
         struct_size: size_of::<rsb_result>(),
         ticket: op.ticket,
@@ -144,8 +151,8 @@ unsafe fn call_back(op: &Completion<Callback>) {
         offset: op.offset,
         stream: std::ptr::null_mut(),
         shard: op.shard as *mut rsb_shard,
-        error: failure.as_ref().unwrap_or(&FINE),
-        status: op.error.as_ref().map_or(Status::Ok, |e| e.status).code(),
+        error,
+        status: status.code(),
         dtype: op.dtype as u32,
     };
     // SAFETY: the result lives during the call.
@@ -201,14 +208,17 @@ unsafe fn drive(
         over: false,
     };
     loop {
+        while let Some(done) = running.turn.hand_back() {
+            // SAFETY: the callback came with its op.
+            unsafe { call_back(&done) };
+        }
         // SAFETY: by the promise of this function.
-        let step = guarded(|| Ok(unsafe { running.turn.step() }));
+        let more = guarded(|| Ok(unsafe { running.turn.look() }));
         // SAFETY: by the promise of this function.
         unsafe { running.tell_ticket() };
-        match step {
-            // SAFETY: the callback came with its op.
-            Ok(Some(op)) => unsafe { call_back(&op) },
-            Ok(None) => break,
+        match more {
+            Ok(true) => {}
+            Ok(false) => break,
             Err(e) => {
                 running.over = true;
                 bucketer.poison(&e.message);
@@ -250,7 +260,7 @@ pub unsafe fn bucketer_reduce_scatter_async(
         user_data,
     };
     // SAFETY: the caller keeps the rules of the header.
-    unsafe { answer(submit(bucketer, comm, &args, std::ptr::null_mut()), err) }
+    unsafe { answer(submit(bucketer, comm, Ok(&args), std::ptr::null_mut()), err) }
 }
 
 pub unsafe fn bucketer_submit(
@@ -261,47 +271,87 @@ pub unsafe fn bucketer_submit(
     err: *mut rsb_error,
 ) -> rsb_status {
     // SAFETY: the caller keeps the rules of the header.
-    unsafe { answer(submit(bucketer, comm, args, out_ticket), err) }
+    unsafe {
+        let exact = args.is_aligned()
+            && !args.is_null()
+            && (*args).struct_size == size_of::<rsb_submit_args>();
+        let args = if exact { Ok(&*args) } else { Err(args) };
+        answer(submit(bucketer, comm, args, out_ticket), err)
+    }
 }
 
+/// Submits what `args` says: a struct of this version, or anything else, to be read with care.
+///
 /// # Safety
 /// The caller keeps the rules of the header.
+#[inline]
 unsafe fn submit(
     bucketer: *mut rsb_bucketer,
     comm: *mut rsb_comm,
-    args: *const rsb_submit_args,
+    args: std::result::Result<&rsb_submit_args, *const rsb_submit_args>,
     out_ticket: *mut rsb_ticket,
 ) -> Result<()> {
-    let (bucketer, comm) = guarded(|| Ok((bucketer_of(bucketer)?, comm_of(comm)?)))?;
-    bucketer.refuse_inner_call()?;
-    let mut unfit = None;
     let fitting = guarded(|| {
-        // SAFETY: by the promise of this function.
-        let ask = unsafe { check(&comm, &structure(args, "args")?)? };
-        // SAFETY: checked; the rest is rule 6.
-        match unsafe { bucketer.submit_fitting(&comm, &ask) } {
-            Some(submitted) => submitted.map(Some),
-            None => {
-                unfit = Some(ask);
-                Ok(None)
-            }
+        let held = bucketer_of(bucketer)?;
+        held.refuse_inner_call()?;
+        let Ok(args) = args else { return Ok(None) };
+        if !is_live(comm) {
+            return Ok(None);
         }
+        // SAFETY: by the promise of this function; the rest is rule 6.
+        let ask = |end: &_| unsafe {
+            match plain(end, args) {
+                Some(ask) => Ok(ask),
+                None => check(end, args),
+            }
+        };
+        // SAFETY: as above.
+        unsafe { held.submit_fitting(comm as u64, ask) }.transpose()
     });
-    let submitted = match fitting {
+    match fitting {
         Ok(Some(ticket)) => {
             if !out_ticket.is_null() {
                 // SAFETY: by the promise of this function; any alignment.
                 unsafe { out_ticket.write_unaligned(ticket) };
             }
-            return Ok(());
+            Ok(())
         }
-        Ok(None) => match unfit {
-            // SAFETY: checked; the rest is rule 6.
-            Some(ask) => unsafe { drive(&bucketer, bucketer.submit(comm.arc(), ask), out_ticket) },
-            None => Ok(0),
-        },
-        Err(e) => Err(e),
-    };
+        // SAFETY: by the promise of this function.
+        Ok(None) => unsafe { submit_any(bucketer, comm, args, out_ticket) },
+        Err(e) => {
+            if let (Status::Panic, Ok(held)) = (e.status, bucketer_of(bucketer)) {
+                held.poison(&e.message);
+            }
+            Err(e)
+        }
+    }
+}
+
+/// A submit that may have more to do than to put an op into a bucket.
+///
+/// # Safety
+/// As for `submit`.
+#[inline(never)]
+unsafe fn submit_any(
+    bucketer: *mut rsb_bucketer,
+    comm: *mut rsb_comm,
+    args: std::result::Result<&rsb_submit_args, *const rsb_submit_args>,
+    out_ticket: *mut rsb_ticket,
+) -> Result<()> {
+    let (bucketer, comm) = guarded(|| Ok((bucketer_of(bucketer)?, comm_of(comm)?)))?;
+    let ask = guarded(|| {
+        // SAFETY: by the promise of this function.
+        unsafe {
+            match args {
+                Ok(args) => check(&comm, args),
+                Err(args) => check(&comm, &structure(args, "args")?),
+            }
+        }
+    });
+    let submitted = ask.and_then(|ask| {
+        // SAFETY: checked; the rest is rule 6.
+        unsafe { drive(&bucketer, bucketer.submit(comm.arc(), ask), out_ticket) }
+    });
     poison_after_panic(&comm, submitted).map(drop)
 }
 

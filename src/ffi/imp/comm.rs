@@ -23,8 +23,16 @@ pub fn comm_of(handle: *const rsb_comm) -> Result<Pinned<'static, Endpoint>> {
     look_up(&COMMS, handle as u64, "comm", "rsb_comm")
 }
 
+/// Whether a handle names a comm right now.
+#[inline]
+pub fn is_live(handle: *const rsb_comm) -> bool {
+    COMMS.is_live(handle as u64)
+}
+
 fn insert(end: Arc<Endpoint>) -> Result<*mut rsb_comm> {
+    let named = end.clone();
     let token = COMMS.insert(end).ok_or_else(|| too_many("rsb_comm"))?;
+    named.rename(token);
     Ok(token as *mut rsb_comm)
 }
 

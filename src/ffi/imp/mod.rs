@@ -10,7 +10,6 @@ mod read;
 mod submit;
 
 use std::any::Any;
-use std::cell::Cell;
 use std::ffi::{c_char, c_void, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, Once};
@@ -19,21 +18,15 @@ use super::{rsb_error, rsb_log_fn, rsb_status};
 use crate::error::{Error, Result, Status};
 use crate::handle::{Bad, Pinned, Table};
 use crate::log;
+use crate::thread;
 
 pub use bucketer::*;
 pub use comm::*;
 
-thread_local! {
-    /// Whether this thread runs our code right now: then a panic is ours.
-    static INSIDE: Cell<bool> = const { Cell::new(false) };
-}
-
 /// Runs Rust code; a panic becomes an error.
 #[inline]
 fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
-    let outer = INSIDE.replace(true);
-    let result = catch_unwind(AssertUnwindSafe(body));
-    INSIDE.set(outer);
+    let result = thread::inside(|| catch_unwind(AssertUnwindSafe(body)));
     result.unwrap_or_else(|payload| Err(panicked(payload.as_ref())))
 }
 
@@ -54,7 +47,7 @@ fn hook_panics() {
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            if INSIDE.get() {
+            if thread::is_inside() {
                 log::write(log::Level::Error, "panic", format_args!("{info}"));
             } else {
                 before(info);

@@ -7,7 +7,7 @@ use crate::bucketer::Ask;
 use crate::dtype::{check_rules, DType, Finish, Op};
 use crate::error::{invalid, unsupported, Result};
 use crate::ffi::{rsb_callback, rsb_submit_args, RSB_SUBMIT_ACCUMULATE, RSB_SUBMIT_BORROW};
-use crate::lane::work::Rows;
+use crate::lane::work::{Rows, Work};
 use crate::lane::Endpoint;
 use crate::layout::{flat_shard, shard_numel, total_bytes};
 
@@ -28,6 +28,54 @@ fn dtype_of(code: u32, name: &str) -> Result<DType> {
         .ok_or_else(|| unsupported!("{name}: {code}; expected an RSB_DTYPE_, 1 to 8"))
 }
 
+/// An op of the plainest kind, as most are: a sum or the like in the input's own type, into memory of
+/// ours. None: it needs the full check.
+///
+/// # Safety
+/// With numel > 0, the arrays of `args` are as the header says.
+#[inline(always)]
+pub unsafe fn plain(comm: &Endpoint, args: &rsb_submit_args) -> Option<Ask<Callback>> {
+    let (dtype, op) = (DType::from_code(args.dtype)?, Op::from_code(args.op)?);
+    let pieces: *const *const u8 = args.inputs.cast();
+    let other = args.output_dtype != 0
+        || args.flags & !RSB_SUBMIT_BORROW != 0
+        || args.scale != 0.0
+        || !args.flat_input.is_null()
+        || !args.output.is_null()
+        || !args.stream.is_null();
+    if other || args.numel == 0 || pieces.is_null() || (op == Op::Avg && !dtype.is_float()) {
+        return None;
+    }
+    let size = comm.size();
+    total_bytes(args.numel, size, dtype.size())?;
+    for i in 0..size as usize {
+        // SAFETY: there is a pointer for every rank.
+        if unsafe { *pieces.add(i) }.is_null() {
+            return None;
+        }
+    }
+    let work = Work {
+        rows: Rows::Pieces(pieces),
+        size,
+        numel: args.numel,
+        dtype,
+        op,
+        finish: Finish::plain(dtype),
+        output: std::ptr::null_mut(),
+        output_is_ours: false,
+        borrow: args.flags != 0,
+        tag: args.tag,
+        bucketer: (0, 0),
+    };
+    let payload = Callback {
+        function: args.callback,
+        user_data: args.user_data,
+    };
+    Some(Ask { work, payload })
+}
+
+/// Checks what any op asks for.
+///
 /// # Safety
 /// With numel > 0, the arrays of `args` are as the header says.
 pub unsafe fn check(comm: &Endpoint, args: &rsb_submit_args) -> Result<Ask<Callback>> {
@@ -72,14 +120,19 @@ pub unsafe fn check(comm: &Endpoint, args: &rsb_submit_args) -> Result<Ask<Callb
         ));
     }
     let ask = Ask {
-        rows,
-        numel,
-        dtype,
-        op,
-        finish,
-        output: args.output.cast(),
-        borrow: args.flags & RSB_SUBMIT_BORROW != 0,
-        tag: args.tag,
+        work: Work {
+            rows,
+            size: comm.size(),
+            numel,
+            dtype,
+            op,
+            finish,
+            output: args.output.cast(),
+            output_is_ours: false,
+            borrow: args.flags & RSB_SUBMIT_BORROW != 0,
+            tag: args.tag,
+            bucketer: (0, 0),
+        },
         payload: Callback {
             function: args.callback,
             user_data: args.user_data,
@@ -87,7 +140,7 @@ pub unsafe fn check(comm: &Endpoint, args: &rsb_submit_args) -> Result<Ask<Callb
     };
     if !args.output.is_null() {
         // SAFETY: the rows were checked to be there.
-        unsafe { check_output(comm, &ask)? };
+        unsafe { check_output(comm, &ask.work)? };
     }
     Ok(ask)
 }
@@ -148,19 +201,19 @@ unsafe fn rows_of(comm: &Endpoint, args: &rsb_submit_args) -> Result<(Rows, usiz
 ///
 /// # Safety
 /// As for `check`.
-unsafe fn check_output(comm: &Endpoint, ask: &Ask<Callback>) -> Result<()> {
-    let element = ask.dtype.size();
+unsafe fn check_output(comm: &Endpoint, work: &Work) -> Result<()> {
+    let element = work.dtype.size();
     let (output, bytes) = (
-        ask.output.cast_const(),
-        ask.numel * ask.finish.output.size(),
+        work.output.cast_const(),
+        work.numel * work.finish.output.size(),
     );
-    let same = ask.finish.output == ask.dtype;
+    let same = work.finish.output == work.dtype;
     let refuse = |what: String| {
         Err(invalid!(
             "output: overlaps {what}; expected no overlap, or exactly this rank's own piece with the same dtype"
         ))
     };
-    match ask.rows {
+    match work.rows {
         Rows::Flat { data, total } => {
             let (offset, _) = flat_shard(total, comm.size(), comm.rank());
             let own = same && output == data.wrapping_add(offset * element);
@@ -168,13 +221,13 @@ unsafe fn check_output(comm: &Endpoint, ask: &Ask<Callback>) -> Result<()> {
                 return refuse("flat_input".into());
             }
         }
-        Rows::Pieces(_) if ask.numel == 0 => {}
+        Rows::Pieces(_) if work.numel == 0 => {}
         Rows::Pieces(pieces) => {
             for i in 0..comm.size() {
                 // SAFETY: there is a pointer for every rank.
                 let piece = unsafe { *pieces.add(i as usize) };
                 let own = same && i == comm.rank() && output == piece;
-                if !own && overlap(output, bytes, piece, ask.numel * element) {
+                if !own && overlap(output, bytes, piece, work.numel * element) {
                     return refuse(format!("inputs[{i}]"));
                 }
             }

@@ -62,7 +62,7 @@ impl Buckets {
             };
             unit.plan(kind, send, self.size, landing);
         }
-        st.accept(&work.call);
+        st.accept(&work.call());
         unit.chain = st.chain;
         let (st, number) = self.queue(st, unit, meter)?;
         self.finished(st, number, meter)

@@ -264,7 +264,7 @@ impl Buckets {
         // SAFETY: by the promise of this function.
         unsafe { st.lane(id).add(work, route, pool)? };
         meter.copied += (self.size as usize * work.bytes()) as u64;
-        st.accept(&work.call);
+        st.accept(&work.call());
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use crate::fingerprint::{Chain, Words};
 use crate::lane::work::Meter;
 use crate::lane::LaneId;
 use crate::memory::Buffer;
-use crate::reduce;
+use crate::reduce::Reduction;
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -280,6 +280,7 @@ impl Unit {
         let start = Instant::now();
         let element = self.dtype.size();
         let rows = self.rows;
+        let mut reduction = Reduction::new(self.dtype, self.op, size);
         for piece in self.pieces.iter().filter(|p| !p.output.is_null()) {
             let mut done = 0;
             while done < piece.count {
@@ -297,15 +298,7 @@ impl Unit {
                 // SAFETY: every source holds `count` elements, the output the piece's.
                 unsafe {
                     let output = piece.output.add(done * piece.finish.output.size());
-                    reduce::reduce(
-                        self.dtype,
-                        self.op,
-                        sources,
-                        count,
-                        size,
-                        &piece.finish,
-                        output,
-                    );
+                    reduction.rows(sources, count, &piece.finish, output);
                 }
                 done += count;
             }

@@ -33,7 +33,7 @@ impl Ring {
                 pieces,
             }
         };
-        self.stream(&work.call, work.numel, room, element, meter, fill)
+        self.stream(&work.call(), work.numel, room, element, meter, fill)
     }
 
     /// Gathers `bytes` of every rank into `output`, in rank order; the input may be this rank's place.

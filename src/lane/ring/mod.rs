@@ -52,16 +52,25 @@ impl Ring {
         &self.group
     }
 
+    #[inline]
     fn lock(&self) -> Held<'_> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The state of a comm that has not failed.
+    #[inline]
     fn enter(&self, meter: &mut Meter) -> Result<Held<'_>> {
-        let mut st = self.lock();
-        if st.failure.is_none() && self.group.end().is_some() {
-            st.progress(&self.group, meter);
+        let st = self.lock();
+        if st.failure.is_none() && self.group.end().is_none() {
+            return Ok(st);
         }
+        self.enter_ended(st, meter)
+    }
+
+    /// The group has ended: what was committed before is reduced all the same.
+    #[cold]
+    fn enter_ended<'a>(&'a self, mut st: Held<'a>, meter: &mut Meter) -> Result<Held<'a>> {
+        st.progress(&self.group, meter);
         match &st.failure {
             Some(e) => Err(Error::clone(e)),
             None => Ok(st),
@@ -111,6 +120,57 @@ impl Ring {
     /// until the op is complete or its lane is closed.
     pub unsafe fn submit(&self, id: LaneId, work: &Work, meter: &mut Meter) -> Result<()> {
         let mut st = self.enter(meter)?;
+        // SAFETY: by the promise of this function.
+        unsafe {
+            if self.add(&mut st, id, work, meter) {
+                return Ok(());
+            }
+            self.spread(st, id, work, meter)
+        }
+    }
+
+    /// Adds an op to the open chunk of its lane, which does not fill up by it. False: it is not so.
+    ///
+    /// # Safety
+    /// As for `submit`.
+    #[inline(always)]
+    unsafe fn add(&self, st: &mut State, id: LaneId, work: &Work, meter: &mut Meter) -> bool {
+        let (bytes, element) = (work.bytes(), work.dtype.size());
+        let place = st.lane(id).open.as_ref().and_then(|chunk| {
+            let at = aligned(chunk.fill, bytes);
+            let spare = at + bytes + element <= self.group.layout().geometry.row_bytes;
+            Some((chunk.slot.filter(|_| spare && bytes > 0)?, at))
+        });
+        let Some((slot, at)) = place else {
+            return false;
+        };
+        self.accept(st, &work.call());
+        // SAFETY: by the promise of this function; the row has room.
+        let piece = unsafe { self.stage(work, slot, at, 0, work.numel, work.borrow, meter) };
+        let lane = st.lane(id);
+        lane.staged += 1;
+        if let Some(chunk) = &mut lane.open {
+            chunk.ops_end = lane.staged;
+            chunk.fill = at + bytes;
+            if let Content::Rows { pieces, .. } = &mut chunk.content {
+                pieces.push(piece);
+            }
+        }
+        true
+    }
+
+    /// Spreads an op over chunks, the lane's open one first; each is published when it is full.
+    ///
+    /// # Safety
+    /// As for `submit`.
+    #[cold]
+    unsafe fn spread<'a>(
+        &'a self,
+        mut st: Held<'a>,
+        id: LaneId,
+        work: &Work,
+        meter: &mut Meter,
+    ) -> Result<()> {
         let element = work.dtype.size();
         let room = self.group.layout().geometry.row_bytes;
         let mut spare = None;
@@ -125,7 +185,7 @@ impl Ring {
             let (held, slot) = self.slot(st, meter)?;
             (st, spare) = (held, Some(slot));
         }
-        self.accept(&mut st, &work.call);
+        self.accept(&mut st, &work.call());
         let mut done = 0;
         loop {
             if st.lane(id).open.is_none() {
@@ -178,6 +238,7 @@ impl Ring {
     }
 
     /// Takes a call into the sequence; a bucketer's first one gives it its number.
+    #[inline(always)]
     fn accept(&self, st: &mut State, call: &Call) {
         if call.kind == CallKind::Submit {
             st.ordinals = st.ordinals.max(call.ordinal + 1);
@@ -191,6 +252,7 @@ impl Ring {
     /// # Safety
     /// As for `submit`; the stretch fits into a row at `at`.
     #[allow(clippy::too_many_arguments)]
+    #[inline(always)]
     unsafe fn stage(
         &self,
         work: &Work,
@@ -215,12 +277,10 @@ impl Ring {
             } else {
                 std::ptr::null()
             };
-            for rank in 0..self.group.size() {
-                if rank != me || own.is_null() {
-                    work.copy_row(rank, from, count, chunk.add(rank as usize * row_bytes + at));
-                    meter.copied += (count * element) as u64;
-                }
-            }
+            let skipped = if own.is_null() { u32::MAX } else { me };
+            work.copy_rows(from, count, chunk.add(at), row_bytes, skipped);
+            let rows = self.group.size() - u32::from(!own.is_null());
+            meter.copied += (count * element) as u64 * u64::from(rows);
             Piece {
                 at,
                 count,

@@ -16,7 +16,7 @@ use crate::error::{Error, Result, Status};
 use crate::fingerprint::{Chain, Words};
 use crate::lane::work::Meter;
 use crate::lane::LaneId;
-use crate::reduce;
+use crate::reduce::Reduction;
 
 /// A stretch of one op inside a chunk.
 pub struct Piece {
@@ -147,6 +147,7 @@ impl State {
         u64::from(self.fresh) * group.layout().geometry.chunk_bytes as u64
     }
 
+    #[inline]
     pub fn lane(&mut self, id: LaneId) -> &mut RingLane {
         match self.lanes.get_mut(id as usize) {
             Some(Some(lane)) => lane,
@@ -447,6 +448,7 @@ unsafe fn carry_out(
         Content::Nothing => {}
         Content::Rows { dtype, op, pieces } => {
             let row = rank * group.layout().geometry.row_bytes;
+            let mut reduction = Reduction::new(*dtype, *op, group.size());
             for piece in pieces {
                 sources.clear();
                 // SAFETY: every piece lies inside a row, and every row inside a chunk.
@@ -456,17 +458,7 @@ unsafe fn carry_out(
                 }
                 // SAFETY: by the promise of this function; an output overlaps at most the own row,
                 // exactly (checked at submit).
-                unsafe {
-                    reduce::reduce(
-                        *dtype,
-                        *op,
-                        sources,
-                        piece.count,
-                        group.size(),
-                        &piece.finish,
-                        piece.output,
-                    );
-                }
+                unsafe { reduction.rows(sources, piece.count, &piece.finish, piece.output) };
             }
         }
         Content::Gather {

@@ -1,0 +1,29 @@
+//! What one thread knows of itself: whether it runs our code, and a number that names it.
+
+use std::cell::Cell;
+
+thread_local! {
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A number that names this thread while it lives.
+#[inline]
+pub fn this() -> usize {
+    INSIDE.with(|inside| std::ptr::from_ref(inside) as usize)
+}
+
+/// Whether this thread runs our code right now, and not a callback: then a panic is ours.
+pub fn is_inside() -> bool {
+    INSIDE.get()
+}
+
+/// Runs our code.
+#[inline]
+pub fn inside<T>(body: impl FnOnce() -> T) -> T {
+    INSIDE.with(|inside| {
+        let outer = inside.replace(true);
+        let result = body();
+        inside.set(outer);
+        result
+    })
+}
