@@ -100,8 +100,8 @@ impl<C: Copy + Send> Bucketer<C> {
 
     /// Takes the next direct op that a callback submitted.
     pub(super) fn take_due(&self, q: &mut Queue<C>) -> Option<Hand<C>> {
-        self.is_due.store(q.due.len() > 1, Ordering::Relaxed);
         let flight = q.due.pop_front()?;
+        self.is_due.store(!q.due.is_empty(), Ordering::Relaxed);
         let failure = flight.outcome.and_then(|o| Some((o.done, o.failure?)));
         Some(Hand::new(q, flight.ops, failure))
     }
@@ -206,6 +206,12 @@ impl<C> Hand<C> {
             op,
             error: error.map(|(_, error)| &**error),
         })
+    }
+
+    /// Whether something is there to be taken back.
+    #[inline]
+    pub fn needs_settling(&self) -> bool {
+        self.unsettled() > 0 || (self.is_over() && self.ops.capacity() > 0)
     }
 
     /// Takes back the memory of what is handed back, but for what callbacks have kept.

@@ -168,7 +168,7 @@ impl<C: Copy + Send> Bucketer<C> {
     ///
     /// # Safety
     /// The pointers of `ask` are as the contract's rule 6 says.
-    pub unsafe fn submit(&self, comm: Arc<Endpoint>, ask: Ask<C>) -> Turn<'_, C> {
+    pub unsafe fn submit<'a>(&'a self, comm: &'a Arc<Endpoint>, ask: &'a Ask<C>) -> Turn<'a, C> {
         Turn::new(
             self,
             Plan::Submit {

@@ -13,11 +13,11 @@ use crate::lane::work::Meter;
 use crate::lane::Endpoint;
 
 /// What a call still has to do.
-pub enum Plan<C> {
+pub enum Plan<'a, C> {
     /// Take an op; `ticket` once it is accepted.
     Submit {
-        comm: Arc<Endpoint>,
-        ask: Ask<C>,
+        comm: &'a Arc<Endpoint>,
+        ask: &'a Ask<C>,
         ticket: u64,
     },
     /// Launch what was open when the call began (`limit`, once announced); a flush drains then.
@@ -42,9 +42,9 @@ pub enum Plan<C> {
     Over,
 }
 
-impl<C> Plan<C> {
+impl<C> Plan<'_, C> {
     /// The beginning of a launch or a flush.
-    pub fn launch(kind: CallKind) -> Plan<C> {
+    pub fn launch(kind: CallKind) -> Self {
         Plan::Launch {
             kind,
             limit: None,
@@ -74,26 +74,27 @@ enum Taken {
 }
 
 impl<C: Copy + Send> Turn<'_, C> {
-    /// # Safety
-    /// As for `step`.
-    pub(super) unsafe fn advance(&mut self, q: &mut Held<'_, C>) -> Step {
-        // What a callback did at once comes right after that callback.
-        if self.guard.is_some() {
-            if let Some(due) = self.bucketer.take_due(q) {
-                self.due = due;
-                return Step::Batch;
-            }
-            if !self.batch.is_over() {
-                return Step::Batch;
-            }
-            if let Some(owed) = q.owed.pop_front() {
-                self.batch = owed;
-                return Step::Batch;
-            }
-            if let Some(step) = self.owed_flight(q) {
-                return step;
-            }
+    /// What comes before the plan: what a callback did at once, the rest of a batch, and what earlier calls
+    /// owe.
+    pub(super) fn first(&mut self, q: &mut Queue<C>) -> Option<Step> {
+        self.guard.as_ref()?;
+        if let Some(due) = self.bucketer.take_due(q) {
+            self.due = due;
+            return Some(Step::Batch);
         }
+        if !self.batch.is_over() {
+            return Some(Step::Batch);
+        }
+        if let Some(owed) = q.owed.pop_front() {
+            self.batch = owed;
+            return Some(Step::Batch);
+        }
+        self.owed_flight(q)
+    }
+
+    /// # Safety
+    /// As for `look`.
+    pub(super) unsafe fn advance(&mut self, q: &mut Held<'_, C>) -> Step {
         match &mut self.plan {
             // SAFETY: by the promise of this function.
             Plan::Submit { .. } => unsafe { self.submit(q) },
@@ -173,13 +174,12 @@ impl<C: Copy + Send> Turn<'_, C> {
     }
 
     /// # Safety
-    /// As for `step`.
+    /// As for `look`.
     pub(super) unsafe fn submit(&mut self, q: &mut Held<'_, C>) -> Step {
-        let Plan::Submit { comm, ask, ticket } = &self.plan else {
+        let Plan::Submit { comm, ask, ticket } = self.plan else {
             return Step::Done;
         };
-        let (comm, mut ask, accepted) = (comm.clone(), *ask, *ticket != 0);
-        if accepted {
+        if ticket != 0 {
             // A direct op: the buckets launched before it on its comm, then its own callback.
             let direct = |q: &Queue<C>| {
                 let mut flights = q.flights.iter();
@@ -191,7 +191,7 @@ impl<C: Copy + Send> Turn<'_, C> {
             return self.oldest_op(q, Some(comm.id())).unwrap_or(Step::Done);
         }
         // SAFETY: by the promise of this function.
-        match unsafe { self.take(q, &comm, &mut ask) } {
+        match unsafe { self.take(q, comm, &mut { *ask }) } {
             Ok(Taken::Accepted(number)) => {
                 if let Plan::Submit { ticket, .. } = &mut self.plan {
                     *ticket = number;
@@ -206,7 +206,7 @@ impl<C: Copy + Send> Turn<'_, C> {
     /// Takes the op, or says what must come before.
     ///
     /// # Safety
-    /// As for `step`.
+    /// As for `look`.
     unsafe fn take(
         &mut self,
         q: &mut Held<'_, C>,

@@ -303,7 +303,7 @@ impl<C> Queue<C> {
 
     /// Ops end with an error: their memory goes back, and `wait` and the next flush tell of it.
     pub fn fail(&mut self, ops: &mut Ops<C>, from: usize, error: &Arc<Error>) {
-        if error.status != Status::Cancelled {
+        if error.status != Status::Cancelled && from < ops.len() {
             self.note(error);
         }
         for op in ops.iter_mut().skip(from) {

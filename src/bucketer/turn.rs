@@ -19,7 +19,7 @@ use crate::thread;
 /// A call under way.
 pub struct Turn<'a, C: Copy + Send> {
     pub(super) bucketer: &'a Bucketer<C>,
-    pub(super) plan: Plan<C>,
+    pub(super) plan: Plan<'a, C>,
     pub(super) result: Result<()>,
     /// Callbacks run under this; none: nobody needs one, or the call is made by a callback.
     pub(super) guard: Option<MutexGuard<'a, ()>>,
@@ -38,7 +38,7 @@ pub struct Turn<'a, C: Copy + Send> {
 const BATCH: usize = 32;
 
 impl<'a, C: Copy + Send> Turn<'a, C> {
-    pub(super) fn new(bucketer: &'a Bucketer<C>, plan: Plan<C>) -> Turn<'a, C> {
+    pub(super) fn new(bucketer: &'a Bucketer<C>, plan: Plan<'a, C>) -> Turn<'a, C> {
         let mut turn = Turn {
             bucketer,
             nested: bucketer.is_running_here(),
@@ -102,9 +102,14 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             bucketer.counters.callback_ns.add(spent);
         }
         self.settle(&mut q);
+        let mut first = self.first(&mut q);
         loop {
-            // SAFETY: by the promise of this function.
-            match unsafe { self.advance(&mut q) } {
+            let step = match first.take() {
+                Some(step) => step,
+                // SAFETY: by the promise of this function.
+                None => unsafe { self.advance(&mut q) },
+            };
+            match step {
                 Step::Batch => {
                     drop(q);
                     self.since = Some(Instant::now());
@@ -117,6 +122,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
                     drop(q);
                     self.take_turn();
                     q = bucketer.lock();
+                    first = self.first(&mut q);
                 }
             }
         }
@@ -133,8 +139,11 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
     }
 
     fn settle(&mut self, q: &mut Queue<C>) {
-        self.due.settle(q);
-        self.batch.settle(q);
+        for hand in [&mut self.due, &mut self.batch] {
+            if hand.needs_settling() {
+                hand.settle(q);
+            }
+        }
     }
 
     /// Leaves what is not handed back to the next call.
@@ -161,7 +170,7 @@ impl<C: Copy + Send> Turn<'_, C> {
     /// the same: buckets are launched, the op is taken. Callbacks stay owed.
     ///
     /// # Safety
-    /// As for `step`.
+    /// As for `look`.
     pub unsafe fn abandon(&mut self) {
         let bucketer = self.bucketer;
         let mut q = bucketer.lock();

@@ -63,12 +63,13 @@ pub struct Line {
     pub hi: AtomicU64,
     /// Calls in the fingerprint.
     pub calls: AtomicU64,
-    /// Where the chunk lies in its rank's staging; `NO_SLOT`: it has no bytes.
-    pub slot: AtomicU64,
+    /// In which slot of its rank's staging the chunk lies, or, among threads, the address of what is lent;
+    /// `NOWHERE`: it has no bytes.
+    pub place: AtomicU64,
 }
 
-/// A chunk without bytes.
-pub const NO_SLOT: u64 = u64::MAX;
+/// Where a chunk without bytes lies.
+pub const NOWHERE: u64 = u64::MAX;
 
 /// One recorded call: the words of [`crate::fingerprint::Call::words`].
 pub type CallRecord = [AtomicU64; 5];

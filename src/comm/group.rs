@@ -10,7 +10,7 @@ use std::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use super::control::{CallRecord, Detail, Head, Layout, Line, CALLS, MESSAGE, NO_SLOT};
+use super::control::{CallRecord, Detail, Head, Layout, Line, CALLS, MESSAGE, NOWHERE};
 use super::keeper;
 use super::patience;
 use super::word::{self, End, Fate};
@@ -22,8 +22,9 @@ use crate::fingerprint::{Chain, Words};
 pub struct Published {
     /// Its fingerprint.
     pub chain: Chain,
-    /// Where its rows lie; none: no bytes.
-    pub slot: Option<u32>,
+    /// Where its rows lie: a slot of the staging, or, among threads, the address of what is lent. None: no
+    /// bytes.
+    pub place: Option<u64>,
 }
 
 /// What a rank is waiting for.
@@ -63,6 +64,7 @@ pub struct Group {
     ranks: Vec<*const u8>,
     word: *const AtomicU64,
     spin: bool,
+    one_process: bool,
     /// Serialises the text of this rank's failure reports.
     reporting: Mutex<()>,
     own_memory: MemoryOf,
@@ -85,11 +87,13 @@ impl Group {
     ///
     /// # Safety
     /// The pointers stay valid as long as `keep`; `bases[rank]` is writable by this rank alone;
-    /// memory that no rank has written reads as zeros.
+    /// memory that no rank has written reads as zeros; `one_process` holds only if all ranks are threads
+    /// of this process.
     pub unsafe fn new(
         rank: u32,
         layout: Layout,
         bases: Vec<*mut u8>,
+        one_process: bool,
         word: *const AtomicU64,
         commit: MemoryOf,
         keep: Box<dyn Any + Send + Sync>,
@@ -101,6 +105,7 @@ impl Group {
             spin: patience::Patience::may_spin(bases.len() as u32),
             ranks: bases.into_iter().map(|p| p as *const u8).collect(),
             word,
+            one_process,
             reporting: Mutex::new(()),
             own_memory: commit,
             _keep: keep,
@@ -116,6 +121,11 @@ impl Group {
     #[inline]
     pub fn size(&self) -> u32 {
         self.ranks.len() as u32
+    }
+
+    /// Whether all ranks are threads of this process, so that an address means the same to all.
+    pub fn is_one_process(&self) -> bool {
+        self.one_process
     }
 
     /// Where things lie.
@@ -163,9 +173,9 @@ impl Group {
 
     /// Where chunk slot `slot` of `rank` begins; none if there is no such slot.
     #[inline]
-    pub fn chunk(&self, rank: u32, slot: u32) -> Option<*const u8> {
+    pub fn chunk(&self, rank: u32, slot: u64) -> Option<*const u8> {
         let g = &self.layout.geometry;
-        if slot as usize >= g.chunks {
+        if slot >= g.chunks as u64 {
             return None;
         }
         let at = self.layout.staging_at + slot as usize * g.chunk_bytes;
@@ -228,14 +238,14 @@ impl Group {
         made.saturating_sub(CALLS as u64 - 1)
     }
 
-    /// Publishes chunk `seq`; its rows are complete.
-    pub fn publish(&self, seq: u64, chain: &Chain, slot: Option<u32>) {
+    /// Publishes chunk `seq`, whose rows are complete, as [`Published`] tells of it.
+    pub fn publish(&self, seq: u64, chain: &Chain, place: Option<u64>) {
         let line = self.line_of(self.rank, seq);
         line.lo.store(chain.lo, Ordering::Relaxed);
         line.hi.store(chain.hi, Ordering::Relaxed);
         line.calls.store(chain.calls, Ordering::Relaxed);
-        line.slot
-            .store(slot.map_or(NO_SLOT, u64::from), Ordering::Relaxed);
+        line.place
+            .store(place.unwrap_or(NOWHERE), Ordering::Relaxed);
         line.ready.store(seq + 1, Ordering::Release);
         self.wake_sleepers();
     }
@@ -253,15 +263,14 @@ impl Group {
         if line.ready.load(Ordering::Acquire) != seq + 1 {
             return None;
         }
-        let slot = line.slot.load(Ordering::Relaxed);
+        let place = line.place.load(Ordering::Relaxed);
         Some(Published {
             chain: Chain {
                 lo: line.lo.load(Ordering::Relaxed),
                 hi: line.hi.load(Ordering::Relaxed),
                 calls: line.calls.load(Ordering::Relaxed),
             },
-            // A number that cannot be a slot stays one that cannot: `chunk` refuses it.
-            slot: (slot != NO_SLOT).then(|| u32::try_from(slot).unwrap_or(u32::MAX)),
+            place: (place != NOWHERE).then_some(place),
         })
     }
 

@@ -63,6 +63,7 @@ pub fn create(size: u32, layout: Layout) -> Result<(Vec<Group>, Arc<Threads>)> {
                 rank,
                 layout,
                 bases,
+                true,
                 &memory.word,
                 Box::new(commit),
                 Box::new(memory.clone()),

@@ -61,6 +61,7 @@ pub fn join(
             rank,
             layout,
             bases,
+            false,
             word,
             Box::new(commit),
             Box::new(joined),

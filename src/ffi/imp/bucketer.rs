@@ -350,7 +350,7 @@ unsafe fn submit_any(
     });
     let submitted = ask.and_then(|ask| {
         // SAFETY: checked; the rest is rule 6.
-        unsafe { drive(&bucketer, bucketer.submit(comm.arc(), ask), out_ticket) }
+        unsafe { drive(&bucketer, bucketer.submit(&comm.arc(), &ask), out_ticket) }
     });
     poison_after_panic(&comm, submitted).map(drop)
 }

@@ -14,7 +14,7 @@ use crate::comm::word::Fate;
 use crate::dtype::{DType, Finish, Op};
 use crate::error::{Error, Result, Status};
 use crate::fingerprint::{Chain, Words};
-use crate::lane::work::Meter;
+use crate::lane::work::{Meter, Work};
 use crate::lane::LaneId;
 use crate::reduce::Reduction;
 
@@ -43,6 +43,11 @@ pub enum Content {
         /// What lies in them.
         pieces: Vec<Piece>,
     },
+    /// A whole op of ranks that are threads: each reads its row of everybody's input.
+    Lent {
+        /// This rank's op; its line says where it is.
+        work: *const Work,
+    },
     /// The same bytes for everybody: a part of an all-gather.
     Gather {
         /// Where this part of rank 0's bytes goes.
@@ -68,6 +73,16 @@ pub struct Chunk {
     pub fill: usize,
     /// What is in it.
     pub content: Content,
+}
+
+impl Chunk {
+    /// Where it lies, as peers are told.
+    fn place(&self) -> Option<u64> {
+        match self.content {
+            Content::Lent { work } => Some(work as u64),
+            _ => self.slot.map(u64::from),
+        }
+    }
 }
 
 /// The chunks of one (bucketer, dtype, op).
@@ -253,7 +268,8 @@ impl State {
         self.next - self.closed.len() as u64
     }
 
-    fn reclaim(&mut self, group: &Group) {
+    /// Takes back the memory of chunks that all ranks have reduced.
+    pub fn reclaim(&mut self, group: &Group) {
         if self.closed.is_empty() {
             return;
         }
@@ -278,7 +294,7 @@ impl State {
     /// Publishes a chunk; a line is free. Its number.
     pub fn publish(&mut self, group: &Group, chunk: Chunk) -> u64 {
         let seq = self.next;
-        group.publish(seq, &self.chain, chunk.slot);
+        group.publish(seq, &self.chain, chunk.place());
         if let Some(id) = chunk.lane {
             self.lane(id).travelling += 1;
         }
@@ -338,11 +354,15 @@ impl State {
                 self.mourn(group, seq);
                 return false;
             };
-            let mine = group.rank() == rank;
-            agreed &= mine || self.same(group, seq, &line.chain);
-            let place = line.slot.and_then(|slot| group.chunk(rank, slot));
-            possible &= place.is_some() == line.slot.is_some();
-            possible &= place.is_some() == self.closed[index].slot.is_some();
+            agreed &= group.rank() == rank || self.same(group, seq, &line.chain);
+            let mine = &self.closed[index];
+            let place = line.place.and_then(|place| match mine.content {
+                // Only a rank that agrees has lent, and only among threads.
+                Content::Lent { .. } if agreed => Some(place as *const u8),
+                _ => group.chunk(rank, place),
+            });
+            possible &= place.is_some() == line.place.is_some();
+            possible &= place.is_some() == mine.place().is_some();
             slots.push(place.unwrap_or(std::ptr::null()));
         }
         self.rows = slots;
@@ -461,6 +481,10 @@ unsafe fn carry_out(
                 unsafe { reduction.rows(sources, piece.count, &piece.finish, piece.output) };
             }
         }
+        Content::Lent { work } => {
+            // SAFETY: every rank's op lives until all have consumed this chunk; the ops are alike.
+            unsafe { reduce_lent(group, &**work, rows, sources) }
+        }
         Content::Gather {
             output,
             stride,
@@ -473,3 +497,39 @@ unsafe fn carry_out(
         }
     }
 }
+
+/// Reduces this rank's row of an op straight from everybody's input.
+///
+/// # Safety
+/// `rows[r]` is rank r's op, which is like `work` and whose input may be read; the output may be written.
+unsafe fn reduce_lent(
+    group: &Group,
+    work: &Work,
+    rows: &[*const u8],
+    sources: &mut Vec<*const u8>,
+) {
+    let (_, valid) = work.place(group.rank());
+    let mut reduction = Reduction::new(work.dtype, work.op, group.size());
+    sources.clear();
+    // SAFETY: by the promise of this function.
+    sources.extend(
+        rows.iter()
+            .map(|op| unsafe { (*op.cast::<Work>()).row(group.rank()).0 }),
+    );
+    // SAFETY: the row has `valid` elements, the output has room for them.
+    unsafe { reduction.rows(sources, valid, &work.finish, work.output) };
+    // The tail of a flat tensor counts as zeros.
+    sources.fill(ZEROS.as_ptr());
+    let (mut done, most) = (valid, ZEROS.len() / work.dtype.size());
+    while done < work.numel {
+        let count = (work.numel - done).min(most);
+        // SAFETY: as above; there are as many zeros.
+        unsafe {
+            let output = work.output.add(done * work.finish.output.size());
+            reduction.rows(sources, count, &work.finish, output);
+        }
+        done += count;
+    }
+}
+
+static ZEROS: [u8; 256] = [0; 256];
