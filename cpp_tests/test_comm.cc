@@ -1,9 +1,7 @@
 // Local and shm comms: rank and size, all_gather, status and abort, and what happens to a comm across
-// free and fork.
+// free.
 #include <gtest/gtest.h>
 #include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <cstring>
 
@@ -300,31 +298,6 @@ TEST(Local, ARankThatLeavesIsLostToTheOthers) {
     EXPECT_TRUE(answers(RSB_ERR_PEER_LOST, worker.flush(error), error));
     EXPECT_EQ(error->peer, 2);
   });
-}
-
-TEST(Fork, HandlesOfTheParentAreDeadInTheChild) {
-  rsb_comm *comm = nullptr;
-  const rsb_comm_config config = comm_config();
-  ASSERT_RSB_OK(rsb_comm_create_local(1, &config, &comm, nullptr));
-  {
-    Worker worker(comm, 0);
-    worker.submit(Op::f32(4));
-    const pid_t pid = fork();
-    if (pid == 0) {
-      alarm(30);
-      rsb_error error;
-      const bool dead = rsb_comm_status(comm, &error) == RSB_ERR_ABORTED &&
-                        rsb_bucketer_flush(worker, &error) == RSB_ERR_ABORTED &&
-                        rsb_comm_all_gather(comm, nullptr, nullptr, 0, &error) == RSB_ERR_ABORTED;
-      _exit(dead ? 0 : 1);
-    }
-    ASSERT_GT(pid, 0);
-    int status = 0;
-    ASSERT_EQ(waitpid(pid, &status, 0), pid);
-    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
-    worker.finish();
-  }
-  rsb_comm_free(comm);
 }
 
 }  // namespace

@@ -3,12 +3,15 @@
 //! A token is kind (8 bits) | generation (32) | index (24). The kinds are chosen so that no token is
 //! a canonical address: whoever dereferences one faults at once. A look-up pins the slot, so an
 //! object removed by another thread lives until the last call that uses it is over. Slots are never
-//! given back to the system, so a look-up of anything at all touches only our own memory.
+//! given back to the system, so a look-up of anything at all touches only our own memory. There are no
+//! locks here, so a fork in the middle of anything leaves the child none that is taken.
 
 use std::cell::UnsafeCell;
+use std::marker::PhantomData;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
 
 use crate::fork;
 
@@ -27,25 +30,33 @@ const FIRST_BITS: u32 = 6;
 const SEGMENTS: usize = 18;
 
 /// An array that only grows, in segments that never move, each twice as long as the one before.
+///
+/// Nothing in it is ever locked: a process forked off while other threads use it finds it usable, but
+/// for the indices that they were about to take or to give back.
 pub struct Segments<S> {
-    parts: [OnceLock<Box<[S]>>; SEGMENTS],
-    idle: Mutex<Idle>,
+    parts: [AtomicPtr<Entry<S>>; SEGMENTS],
+    /// The stack of idle indices: how often it changed 32 | the top one plus one, 0: none 32.
+    idle: AtomicU64,
+    /// The first index that was never taken.
+    next: AtomicU32,
+    owned: PhantomData<S>,
 }
 
-struct Idle {
-    indices: Vec<u32>,
-    next: u32,
+#[derive(Default)]
+struct Entry<S> {
+    item: S,
+    /// While the index is idle: the one below it on the stack, plus one.
+    below: AtomicU32,
 }
 
 impl<S: Default> Segments<S> {
     /// An empty array.
     pub const fn new() -> Segments<S> {
         Segments {
-            parts: [const { OnceLock::new() }; SEGMENTS],
-            idle: Mutex::new(Idle {
-                indices: Vec::new(),
-                next: 0,
-            }),
+            parts: [const { AtomicPtr::new(ptr::null_mut()) }; SEGMENTS],
+            idle: AtomicU64::new(0),
+            next: AtomicU32::new(0),
+            owned: PhantomData,
         }
     }
 
@@ -56,34 +67,110 @@ impl<S: Default> Segments<S> {
         (part as usize, (n - (1 << (part + FIRST_BITS))) as usize)
     }
 
+    #[inline]
+    fn entry(&self, index: u32) -> Option<&Entry<S>> {
+        let (part, at) = Self::place(index);
+        let start = self.parts.get(part)?.load(Ordering::Acquire);
+        // SAFETY: a part that is there has room for every place in it, and stays.
+        (!start.is_null()).then(|| unsafe { &*start.add(at) })
+    }
+
     /// The element, if that part of the array exists.
     #[inline]
     pub fn get(&self, index: u32) -> Option<&S> {
-        let (part, at) = Self::place(index);
-        self.parts.get(part)?.get()?.get(at)
+        self.entry(index).map(|e| &e.item)
     }
 
-    /// An index that nobody uses; none when there are too many.
+    /// An index that nobody uses; none when there are too many, or no memory for more.
     pub fn take(&self) -> Option<u32> {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(index) = idle.indices.pop() {
-            return Some(index);
+        let mut seen = self.idle.load(Ordering::Acquire);
+        while let Some(index) = (seen as u32).checked_sub(1) {
+            let below = self.entry(index)?.below.load(Ordering::Relaxed);
+            match self.exchange_idle(seen, below) {
+                Ok(_) => return Some(index),
+                Err(now) => seen = now,
+            }
         }
-        let (part, _) = Self::place(idle.next);
-        let cell = self.parts.get(part)?;
-        cell.get_or_init(|| {
-            (0..1usize << (part as u32 + FIRST_BITS))
-                .map(|_| S::default())
-                .collect()
-        });
-        idle.next += 1;
-        Some(idle.next - 1)
+        let mut index = self.next.load(Ordering::Relaxed);
+        loop {
+            self.make_part(Self::place(index).0)?;
+            let swap = self.next.compare_exchange_weak(
+                index,
+                index + 1,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+            match swap {
+                Ok(_) => return Some(index),
+                Err(now) => index = now,
+            }
+        }
     }
 
     /// Gives an index back.
     pub fn put(&self, index: u32) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.indices.push(index);
+        let Some(entry) = self.entry(index) else {
+            return;
+        };
+        let mut seen = self.idle.load(Ordering::Acquire);
+        loop {
+            entry.below.store(seen as u32, Ordering::Relaxed);
+            match self.exchange_idle(seen, index + 1) {
+                Ok(_) => return,
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Makes `top` the top of the stack, unless it has changed since it was `seen`.
+    fn exchange_idle(&self, seen: u64, top: u32) -> Result<u64, u64> {
+        // The count tells a stack from one that looks the same: it has other indices below.
+        let next = (seen >> 32).wrapping_add(1) << 32 | u64::from(top);
+        self.idle
+            .compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Acquire)
+    }
+
+    /// Makes a part of the array, if it is not there.
+    fn make_part(&self, part: usize) -> Option<()> {
+        let cell = self.parts.get(part)?;
+        if !cell.load(Ordering::Acquire).is_null() {
+            return Some(());
+        }
+        let mut entries: Vec<Entry<S>> = Vec::new();
+        entries
+            .try_reserve_exact(1 << (part as u32 + FIRST_BITS))
+            .ok()?;
+        entries.resize_with(1 << (part as u32 + FIRST_BITS), Entry::default);
+        let fresh = Box::into_raw(entries.into_boxed_slice()).cast();
+        let swap =
+            cell.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire);
+        if swap.is_err() {
+            // SAFETY: nobody has seen it.
+            unsafe { Self::free_part(part, fresh) };
+        }
+        Some(())
+    }
+}
+
+impl<S> Segments<S> {
+    /// # Safety
+    /// `start` was made as this part, and nobody uses it.
+    unsafe fn free_part(part: usize, start: *mut Entry<S>) {
+        let entries = ptr::slice_from_raw_parts_mut(start, 1 << (part as u32 + FIRST_BITS));
+        // SAFETY: by the promise of this function.
+        drop(unsafe { Box::from_raw(entries) });
+    }
+}
+
+impl<S> Drop for Segments<S> {
+    fn drop(&mut self) {
+        for (part, cell) in self.parts.iter_mut().enumerate() {
+            let start = *cell.get_mut();
+            if !start.is_null() {
+                // SAFETY: made by `make_part`, and nobody else has this array.
+                unsafe { Self::free_part(part, start) };
+            }
+        }
     }
 }
 
@@ -178,6 +265,16 @@ impl<T: Send + Sync> Table<T> {
     /// The object that `token` names, pinned.
     #[inline]
     pub fn get(&self, token: u64) -> Result<Pinned<'_, T>, Bad> {
+        let pinned = self.get_inherited(token)?;
+        if pinned.slot.epoch.load(Ordering::Relaxed) != fork::epoch() {
+            return Err(Bad::Forked);
+        }
+        Ok(pinned)
+    }
+
+    /// As [`Table::get`], also what was made before this process was forked off.
+    #[inline]
+    pub fn get_inherited(&self, token: u64) -> Result<Pinned<'_, T>, Bad> {
         if token == 0 {
             return Err(Bad::Null);
         }
@@ -191,9 +288,6 @@ impl<T: Send + Sync> Table<T> {
         };
         if (seen >> 32) as u32 != generation || seen & LIVE == 0 {
             return Err(Bad::Unknown);
-        }
-        if slot.epoch.load(Ordering::Relaxed) != fork::epoch() {
-            return Err(Bad::Forked);
         }
         Ok(pinned)
     }
@@ -212,7 +306,17 @@ impl<T: Send + Sync> Table<T> {
 
     /// Makes the token name nothing any more. Of several callers exactly one gets the object.
     pub fn remove(&self, token: u64) -> Result<Arc<T>, Bad> {
-        let pinned = self.get(token)?;
+        self.get(token)
+            .and_then(|pinned| Self::unname(pinned, token))
+    }
+
+    /// As [`Table::remove`], also what was made before this process was forked off.
+    pub fn remove_inherited(&self, token: u64) -> Result<Arc<T>, Bad> {
+        self.get_inherited(token)
+            .and_then(|pinned| Self::unname(pinned, token))
+    }
+
+    fn unname(pinned: Pinned<'_, T>, token: u64) -> Result<Arc<T>, Bad> {
         let generation = token >> 24 & 0xffff_ffff;
         let mut seen = pinned.slot.state.load(Ordering::Relaxed);
         while seen >> 32 == generation && seen & LIVE != 0 {
@@ -323,6 +427,36 @@ mod tests {
         assert_eq!(Arc::strong_count(&value), 2);
         drop(pinned);
         assert_eq!(Arc::strong_count(&value), 1);
+    }
+
+    #[test]
+    fn an_index_is_with_one_user_at_a_time() {
+        let array: Segments<AtomicU32> = Segments::new();
+        std::thread::scope(|s| {
+            for _ in 0..4 {
+                s.spawn(|| {
+                    for round in 0..2000 {
+                        let taken: Vec<u32> = (0..1 + round % 90)
+                            .map(|_| array.take().expect("room"))
+                            .collect();
+                        for &i in &taken {
+                            let users = array.get(i).expect("made").fetch_add(1, Ordering::Relaxed);
+                            assert_eq!(users, 0, "index {i}");
+                        }
+                        for &i in &taken {
+                            array.get(i).expect("made").store(0, Ordering::Relaxed);
+                            array.put(i);
+                        }
+                    }
+                });
+            }
+        });
+        // All of them are idle again, and no more were made than were in use at once.
+        let made = array.next.load(Ordering::Relaxed);
+        assert!(made <= 4 * 90, "{made}");
+        let mut all: Vec<u32> = (0..made).map(|_| array.take().expect("room")).collect();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..made));
     }
 
     #[test]

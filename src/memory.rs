@@ -5,10 +5,11 @@
 //! use, so a stale shard handle is noticed. The owner of a block is whoever turned its count to 0.
 
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result, Status};
+use crate::fork;
 use crate::handle::{self, Bad, Segments};
 
 /// Every block and bucket starts on such a border.
@@ -156,6 +157,8 @@ pub const SHARD_KIND: u8 = 0xb3;
 #[repr(align(64))]
 struct Slot {
     state: AtomicU64,
+    /// Of the process whose block it is.
+    epoch: AtomicU32,
     place: UnsafeCell<Place>,
 }
 
@@ -223,7 +226,12 @@ fn named(token: u64) -> std::result::Result<(&'static Slot, u32, u32), Bad> {
     }
     let (generation, index) = handle::parts(SHARD_KIND, token).ok_or(Bad::Unknown)?;
     let slot = SLOTS.get(index).ok_or(Bad::Unknown)?;
-    Ok((slot, generation, index))
+    // A child of a fork has its parent's results to read, and must not count them: the locks of their
+    // pools may be taken.
+    match slot.epoch.load(Ordering::Relaxed) {
+        epoch if epoch != 0 && epoch != fork::epoch() => Err(Bad::Forked),
+        _ => Ok((slot, generation, index)),
+    }
 }
 
 /// Changes the state of a live shard as `change` says of its count, which is not 0.
@@ -356,6 +364,7 @@ impl Cache {
             class: class as u32,
             pool: Some(self.pool.clone()),
         };
+        slot(index).epoch.store(fork::epoch(), Ordering::Relaxed);
         // SAFETY: the index was idle: nobody reads its place.
         unsafe { *slot(index).place.get() = place };
         Ok(Block::of(index))

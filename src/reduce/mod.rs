@@ -12,7 +12,7 @@ mod tests;
 use crate::dtype::{DType, Finish, Op};
 use float::{Bf16, FloatEnv, F16};
 use kernel::{Job, Kernel, Level, Portable};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 #[cfg(target_arch = "x86_64")]
 use kernel::{Avx2, Avx512};
@@ -37,13 +37,7 @@ impl Reduction {
     /// Reductions with the best instruction set of this CPU. `ranks` is what AVG divides by: the rows may
     /// have been summed elsewhere.
     pub fn new(dtype: DType, op: Op, ranks: u32) -> Reduction {
-        static CHOSEN: OnceLock<Table> = OnceLock::new();
-        let best = || {
-            tables()
-                .last()
-                .map_or(table::<Portable> as Table, |(_, t)| *t)
-        };
-        Reduction::with(*CHOSEN.get_or_init(best), dtype, op, ranks)
+        Reduction::with(chosen(), dtype, op, ranks)
     }
 
     /// Reductions with the kernels of one instruction set of this CPU.
@@ -107,6 +101,22 @@ impl Reduction {
         // SAFETY: passed on; the kernel is the one of these types, for this CPU.
         unsafe { kernel(&job) }
     }
+}
+
+/// The best table of this CPU. Not a OnceLock: a child forked while another thread looks for it would
+/// wait for ever; here two threads may look at once, and find the same.
+fn chosen() -> Table {
+    static CHOSEN: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
+    let seen = CHOSEN.load(Ordering::Relaxed);
+    if !seen.is_null() {
+        // SAFETY: only tables are stored, and pointers to functions fit into other pointers.
+        return unsafe { std::mem::transmute::<*mut (), Table>(seen) };
+    }
+    let best = tables()
+        .last()
+        .map_or(table::<Portable> as Table, |(_, t)| *t);
+    CHOSEN.store(best as *mut (), Ordering::Relaxed);
+    best
 }
 
 /// The instruction sets of this CPU, the best one last.

@@ -12,7 +12,7 @@ mod submit;
 use std::any::Any;
 use std::ffi::{c_char, c_void, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::{Arc, Once};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{rsb_error, rsb_log_fn, rsb_status};
 use crate::error::{Error, Result, Status};
@@ -43,17 +43,19 @@ fn panicked(payload: &(dyn Any + Send)) -> Error {
 /// Sends our own panics to the logger in place of the standard error stream; others go where they
 /// went before.
 fn hook_panics() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let before = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if thread::is_inside() {
-                log::write(log::Level::Error, "panic", format_args!("{info}"));
-            } else {
-                before(info);
-            }
-        }));
-    });
+    // Not a Once: a child forked while another thread runs it would wait for ever.
+    static DONE: AtomicBool = AtomicBool::new(false);
+    if DONE.load(Ordering::Relaxed) || DONE.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        if thread::is_inside() {
+            log::write(log::Level::Error, "panic", format_args!("{info}"));
+        } else {
+            before(info);
+        }
+    }));
 }
 
 /// Writes `error` in full.
@@ -173,8 +175,7 @@ pub unsafe fn set_logger(
 ) -> rsb_status {
     let set = || {
         let Some(take) = take else {
-            log::set(None, log::Level::Error);
-            return Ok(());
+            return log::set(None, log::Level::Error);
         };
         let max = match max_level {
             1 => log::Level::Error,
@@ -192,8 +193,7 @@ pub unsafe fn set_logger(
             user_data,
             release,
         };
-        log::set(Some(Arc::new(logger)), max);
-        Ok(())
+        log::set(Some(Box::new(logger)), max)
     };
     // SAFETY: there is no error struct to write.
     unsafe { answer(guarded(set), std::ptr::null_mut()) }
