@@ -36,6 +36,8 @@ use wire::{Hello, Message, LONGEST_TOKEN, VERSION};
 const TOKEN: &str = "RSBUCKET_TOKEN";
 /// How much longer than its own deadline a rank waits for rank 0 to say who is missing.
 const GRACE: Duration = Duration::from_secs(1);
+/// Between two looks whether a rank is gone.
+const LOOK: Duration = Duration::from_millis(2);
 /// Between two looks for rank 0: from the first pause to the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(8));
 
@@ -59,6 +61,24 @@ pub struct Join<'a> {
     /// The size of the one region that all ranks may write: a function of the settings. Its last 64
     /// bytes are the rendezvous's own.
     pub group_bytes: usize,
+    /// Which rank is known to be gone for ever, by another way than this; looked at while waiting.
+    pub lost: Option<Watch<'a>>,
+}
+
+/// Says which rank is gone, once one is.
+pub type Watch<'a> = &'a (dyn Fn() -> Option<Error> + Sync);
+
+impl Join<'_> {
+    /// The rank that is known to be gone.
+    fn lost(&self) -> Option<Error> {
+        self.lost.and_then(|lost| lost())
+    }
+
+    /// Until when to wait before looking again whether a rank is gone.
+    fn look(&self, until: Option<Instant>) -> Option<Instant> {
+        let soon = self.lost.map(|_| Instant::now() + LOOK);
+        soon.into_iter().chain(until).min()
+    }
 }
 
 /// What a rank takes away from it.
@@ -118,14 +138,28 @@ fn check_name(name: &str) -> Result<()> {
 /// The memory of the others and the group's.
 type Met = (Vec<Option<Mapping>>, Mapping);
 
-/// Looks for rank 0 until it lets this rank go, refuses it, or the time is up.
+/// Meets the others as a rank other than 0.
 fn meet(
     join: &Join,
     dir: &RunDir,
     token: &[u8],
     own: std::result::Result<&File, &Error>,
 ) -> Result<Met> {
-    let path = dir.path_to(&door::file_of(join.name));
+    let met = look(join, dir, token, own);
+    if matches!(&met, Err(e) if matches!(e.status, Status::PeerLost | Status::Timeout)) {
+        door::tidy(dir);
+    }
+    met
+}
+
+/// Looks for rank 0 until it lets this rank go, refuses it, or the time is up.
+fn look(
+    join: &Join,
+    dir: &RunDir,
+    token: &[u8],
+    own: std::result::Result<&File, &Error>,
+) -> Result<Met> {
+    let path = dir.path_to(&door::file_of(join.name)?);
     let blame = |e: io::Error| {
         let what = format_args!("job {}: meeting rank 0 in {dir}", join.name);
         failed(status_of(&e), what, &e)
@@ -139,15 +173,8 @@ fn meet(
                     let text = format!("job {}: rank 0 in {dir} is user {user}'s", join.name);
                     return Err(Error::new(Status::Permission, text).blame(0));
                 }
-                match Guest::new(join, socket).talk(token, own) {
-                    Ok(Some(met)) => return Ok(met),
-                    Ok(None) => {}
-                    Err(e) => {
-                        if e.status == Status::PeerLost {
-                            door::tidy(dir);
-                        }
-                        return Err(e);
-                    }
+                if let Some(met) = Guest::new(join, socket).talk(token, own)? {
+                    return Ok(met);
                 }
             }
             // Not there yet, just gone, or too busy for the moment.
@@ -163,6 +190,9 @@ fn meet(
         if past(join.deadline) {
             let text = format!("job {}: rank 0 has not come to {dir}", join.name);
             return Err(Error::new(Status::Timeout, text).blame(0));
+        }
+        if let Some(cause) = join.lost() {
+            return Err(cause);
         }
         let left = remaining(join.deadline).unwrap_or(pause);
         std::thread::sleep(pause.min(left));
@@ -214,6 +244,21 @@ impl<'a> Guest<'a> {
         token: &[u8],
         own: std::result::Result<&File, &Error>,
     ) -> Result<Option<Met>> {
+        let failure = self.greet(token, own)?;
+        match (self.listen(), failure) {
+            (Ok(None), _) => Ok(None),
+            (_, Some(cause)) => Err(cause),
+            (heard, None) => heard,
+        }
+    }
+
+    /// Says who this is, with its memory; or without, and why it has none to give. The reason is given
+    /// back, too; an error if rank 0 could not even be told.
+    fn greet(
+        &self,
+        token: &[u8],
+        own: std::result::Result<&File, &Error>,
+    ) -> Result<Option<Error>> {
         let hello = Message::Hello(Hello {
             version: VERSION,
             rank: self.join.rank,
@@ -224,13 +269,20 @@ impl<'a> Guest<'a> {
                 .map(|&(name, value)| (name.to_owned(), value))
                 .collect(),
         });
-        match own {
-            Ok(memory) => self.say(&hello, &[memory.as_fd()]),
-            Err(cause) => {
-                self.say(&hello, &[]);
-                self.say(&Message::Fail(cause.clone()), &[]);
-            }
+        let cause = match own.map(|memory| self.say(&hello, &[memory.as_fd()])) {
+            Ok(Ok(())) => return Ok(None),
+            Ok(Err(cause)) => cause,
+            Err(cause) => cause.clone(),
+        };
+        let told = self.say(&hello, &[]);
+        let told = told.and_then(|()| self.say(&Message::Fail(cause.clone()), &[]));
+        match told {
+            Ok(()) => Ok(Some(cause)),
+            Err(_) => Err(cause),
         }
+    }
+
+    fn listen(&mut self) -> Result<Option<Met>> {
         let whole = self.join.size as usize + 1;
         loop {
             match self.hear()? {
@@ -245,12 +297,10 @@ impl<'a> Guest<'a> {
                     if first as usize == self.mapped.len()
                         && self.mapped.len() + files.len() <= whole =>
                 {
-                    if let Err(cause) = self.map(files) {
-                        self.say(&Message::Fail(cause.clone()), &[]);
-                        return Err(cause);
-                    }
+                    self.map(files).map_err(|cause| self.give_up(cause))?;
                     if self.mapped.len() == whole {
-                        self.say(&Message::Ready, &[]);
+                        let said = self.say(&Message::Ready, &[]);
+                        said.map_err(|cause| self.give_up(cause))?;
                     }
                 }
                 Some((Message::Go, _)) if self.mapped.len() == whole => {
@@ -275,14 +325,31 @@ impl<'a> Guest<'a> {
         Ok(())
     }
 
-    /// Says something to rank 0. If that fails, the reason is in what there is to hear.
-    fn say(&self, message: &Message, descriptors: &[BorrowedFd]) {
+    /// Says something to rank 0. That it hears no more is no error: why is in what there is to hear.
+    fn say(&self, message: &Message, descriptors: &[BorrowedFd]) -> Result<()> {
         let bytes = message.encode();
-        while let Err(e) = self.socket.send(&bytes, descriptors) {
-            if !crowded(&e) || past(self.join.deadline) {
-                break;
+        loop {
+            let e = match self.socket.send(&bytes, descriptors) {
+                Err(e) if !ended(&e) => e,
+                _ => return Ok(()),
+            };
+            let full = e.kind() == io::ErrorKind::WouldBlock;
+            if past(self.join.deadline) || !(full || crowded(&e)) {
+                let what = format_args!("job {}: talking to rank 0", self.join.name);
+                return Err(failed(status_of(&e), what, &e));
+            }
+            if full {
+                let until = self.join.deadline;
+                // What fails here fails again at once, in the next send.
+                let _ = wait(&mut [self.socket.awaiting(libc::POLLOUT)], until);
             }
         }
+    }
+
+    /// Tells rank 0 why this rank gives up, if it can be told.
+    fn give_up(&self, cause: Error) -> Error {
+        let _ = self.say(&Message::Fail(cause.clone()), &[]);
+        cause
     }
 
     /// What rank 0 says next; none: nothing any more.
@@ -299,8 +366,7 @@ impl<'a> Guest<'a> {
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset && !reset => reset = true,
                 Ok(packet) if packet.cut => {
                     let cause = blame(io::Error::from_raw_os_error(libc::EMFILE));
-                    self.say(&Message::Fail(cause.clone()), &[]);
-                    return Err(cause);
+                    return Err(self.give_up(cause));
                 }
                 Ok(packet) => {
                     let message = Message::decode(&packet.bytes).ok_or_else(|| self.nonsense())?;
@@ -315,7 +381,11 @@ impl<'a> Guest<'a> {
                 let text = format!("job {}: rank 0 has not answered in time", self.join.name);
                 return Err(Error::new(Status::Timeout, text).blame(0));
             }
-            wait(&mut [self.socket.awaiting(libc::POLLIN)], until).map_err(blame)?;
+            if let Some(cause) = self.join.lost() {
+                return Err(cause);
+            }
+            let socket = self.socket.awaiting(libc::POLLIN);
+            wait(&mut [socket], self.join.look(until)).map_err(blame)?;
         }
     }
 
@@ -375,9 +445,15 @@ fn crowded(e: &io::Error) -> bool {
 /// The status of a system call that failed.
 fn status_of(e: &io::Error) -> Status {
     match e.raw_os_error() {
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS | libc::ENOSPC) => {
-            Status::NoMemory
-        }
+        Some(
+            libc::EMFILE
+            | libc::ENFILE
+            | libc::ENOMEM
+            | libc::ENOBUFS
+            | libc::ENOSPC
+            | libc::EDQUOT
+            | libc::ETOOMANYREFS,
+        ) => Status::NoMemory,
         Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::EISDIR) => Status::Permission,
         _ => Status::Transport,
     }

@@ -8,7 +8,7 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{mpsc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -47,7 +47,7 @@ impl Place {
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.0.join(door::file_of(NAME))
+        self.0.join(door::file_of(NAME).unwrap())
     }
 
     /// A raw connection to rank 0, once it is there.
@@ -97,6 +97,7 @@ pub fn rank(rank: u32, size: u32) -> Join<'static> {
         own_bytes: OWN,
         own_committed: 0,
         group_bytes: GROUP,
+        lost: None,
     }
 }
 
@@ -456,47 +457,110 @@ fn names_are_checked() {
     }
 }
 
-#[test]
-fn signals_change_nothing() {
-    const OVER: u32 = 9;
-    extern "C" fn ignore(_: i32) {}
-    // SAFETY: the handler does nothing; without SA_RESTART every call it meets is interrupted.
+/// How many signals of a storm have come.
+static SIGNALS: AtomicU32 = AtomicU32::new(0);
+
+/// Runs `ranks` at once, each in its thread, under signals that come all the time; `meanwhile` is done
+/// here when the storm has begun.
+fn in_a_storm<T: Send, R: FnOnce() -> T + Send>(
+    ranks: Vec<R>,
+    meanwhile: impl FnOnce() + Send,
+) -> Vec<T> {
+    extern "C" fn count(_: i32) {
+        SIGNALS.fetch_add(1, Ordering::Relaxed);
+    }
+    // SAFETY: the handler counts only; without SA_RESTART every call it meets is interrupted.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = ignore as *const () as usize;
-        assert_eq!(
-            libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()),
-            0
-        );
+        action.sa_sigaction = count as *const () as usize;
+        let done = libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut());
+        assert_eq!(done, 0);
     }
-    let place = Place::new();
-    let running = AtomicU32::new(2);
+    let running = AtomicU32::new(ranks.len() as u32);
+    let over = AtomicBool::new(false);
     let (send, receive) = mpsc::channel();
     thread::scope(|scope| {
-        for r in 0..2 {
-            let (place, running, send) = (&place, &running, send.clone());
+        let run = |rank: R| {
+            let (running, over, send) = (&running, &over, send.clone());
             scope.spawn(move || {
                 // SAFETY: takes nothing.
                 send.send(unsafe { libc::pthread_self() }).unwrap();
-                let join = Join {
-                    group_bytes: 8 << 20,
-                    ..rank(r, 2)
-                };
-                let joined = (0..20).try_for_each(|_| place.join(&join).map(drop));
+                let result = rank();
                 running.fetch_sub(1, Ordering::Relaxed);
-                wait_for(|| running.load(Ordering::Relaxed) == OVER);
-                joined.unwrap();
-            });
-        }
-        let threads = [receive.recv().unwrap(), receive.recv().unwrap()];
+                wait_for(|| over.load(Ordering::Relaxed));
+                result
+            })
+        };
+        let count = ranks.len();
+        let threads: Vec<_> = ranks.into_iter().map(run).collect();
+        let ids: Vec<_> = receive.iter().take(count).collect();
+        let meanwhile = scope.spawn(meanwhile);
         while running.load(Ordering::Relaxed) > 0 {
-            for thread in threads {
+            for &id in &ids {
                 // SAFETY: the thread stays until it is told that this is over.
-                unsafe { libc::pthread_kill(thread, libc::SIGUSR2) };
+                unsafe { libc::pthread_kill(id, libc::SIGUSR2) };
             }
             // A storm, but one in which a sleep still gets somewhere.
             thread::sleep(Duration::from_micros(50));
         }
-        running.store(OVER, Ordering::Relaxed);
-    });
+        over.store(true, Ordering::Relaxed);
+        meanwhile.join().unwrap();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+/// Until many more signals have come.
+fn weather_the_storm() {
+    let until = SIGNALS.load(Ordering::Relaxed) + 500;
+    wait_for(|| SIGNALS.load(Ordering::Relaxed) >= until);
+}
+
+#[test]
+fn signals_change_nothing() {
+    let place = Place::new();
+    let join = |r| {
+        let place = &place;
+        move || {
+            let join = Join {
+                group_bytes: 8 << 20,
+                ..rank(r, 2)
+            };
+            (0..20).try_for_each(|_| place.join(&join).map(drop))
+        }
+    };
+    for result in in_a_storm(vec![join(0), join(1)], || ()) {
+        result.unwrap();
+    }
+}
+
+#[test]
+fn signals_neither_end_a_wait_nor_make_it_longer() {
+    // Rank 0 waits for both others; rank 2 for rank 0 that is there, or is not there yet.
+    for waiting in [vec![rank(0, 3), rank(2, 3)], vec![rank(2, 3), rank(1, 3)]] {
+        let place = Place::new();
+        let missing = (0..3).find(|&r| waiting.iter().all(|w| w.rank != r));
+        let join = |join: Join<'static>| {
+            let place = &place;
+            move || place.join(&join).map(drop)
+        };
+        let last = || {
+            weather_the_storm();
+            place.join(&rank(missing.unwrap(), 3)).unwrap();
+        };
+        for result in in_a_storm(waiting.into_iter().map(join).collect(), last) {
+            result.unwrap();
+        }
+        place.assert_empty();
+    }
+    let place = Place::new();
+    let join = |join: Join<'static>| {
+        let place = &place;
+        move || place.join(&join)
+    };
+    let waiting = vec![within(100, rank(0, 3)), rank(2, 3)];
+    for result in in_a_storm(waiting.into_iter().map(join).collect(), || ()) {
+        let e = error(result);
+        assert_eq!((e.status, e.peer), (Status::Timeout, 1));
+    }
+    place.assert_empty();
 }

@@ -6,20 +6,20 @@ use std::time::Instant;
 
 use super::control::{Layout, CALLS};
 use super::group::Group;
-use super::rendezvous::{self, Join};
+use super::rendezvous::{self, Join, Watch};
 use crate::error::{unsupported, Result};
 
 /// Changes with every change of what lies where in shared memory, or what it means.
 const PROTOCOL: u64 = 1;
 
-/// Joins the other ranks of `name`, and waits for all of them until the deadline. `more` is compared
-/// between ranks, as the settings of the memory are.
+/// Joins the other ranks of `name`, and waits for all of them until the deadline, or until `lost` knows
+/// that one will not come.
 pub fn join(
     name: &str,
     (rank, size): (u32, u32),
     layout: Layout,
     deadline: Option<Instant>,
-    more: &[(&'static str, u64)],
+    lost: Option<Watch>,
 ) -> Result<Group> {
     if cfg!(not(all(
         target_os = "linux",
@@ -30,13 +30,12 @@ pub fn join(
         ));
     }
     let staging = layout.geometry.chunks * layout.geometry.chunk_bytes;
-    let mut settings = vec![
+    let settings = [
         ("protocol version", PROTOCOL),
         ("staging_bytes", staging as u64),
         ("chunk bytes", layout.geometry.chunk_bytes as u64),
         ("calls kept", CALLS as u64),
     ];
-    settings.extend_from_slice(more);
     let joined = rendezvous::join(&Join {
         name,
         rank,
@@ -46,6 +45,7 @@ pub fn join(
         own_bytes: layout.total,
         own_committed: layout.staging_at,
         group_bytes: 4096,
+        lost,
     })?;
     let bases = (0..size as usize)
         .map(|r| joined.peers[r].as_ref().unwrap_or(&joined.own).as_ptr())

@@ -1,9 +1,10 @@
 //! How the survivors of a lost rank agree on who they are, and meet again in a smaller group.
 //!
 //! Every rank says in its own control memory that it has come. Once each rank has come or is gone
-//! (which its liveness word tells reliably), those that have come and are not gone are the survivors. A
-//! rank that dies right then makes ranks differ for a moment: they look for each other in vain, since
-//! the survivors are part of the meeting place's name, and look again who is left.
+//! (which its liveness word tells reliably), those that have come and are not gone are the survivors. If
+//! one of them goes right then, the others see that while they meet, and look again who is left; ranks
+//! that differ about it for a moment miss each other, since the survivors are part of the name of the
+//! place where they meet.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,8 +16,9 @@ use super::patience::Patience;
 use super::shm;
 use crate::error::{Error, Result, Status};
 
-/// One attempt to meet: long enough for a crowded machine, short enough to look again who is left.
-const ATTEMPT: Duration = Duration::from_millis(500);
+/// One attempt to meet: long enough for a crowded machine. After it a survivor that has given up is
+/// waited for, and named, as one that has not come.
+const ATTEMPT: Duration = Duration::from_secs(5);
 
 /// Where a group came from, for forming a smaller one.
 #[derive(Clone)]
@@ -112,13 +114,29 @@ fn meet(
         .position(|&r| r == group.rank())
         .unwrap_or(0) as u32;
     let soon = Instant::now() + ATTEMPT;
+    let lost = || {
+        let gone = |(new, &old): (usize, &u32)| Some(group.is_gone(old)?.blame(new as u32));
+        survivors.iter().enumerate().find_map(gone)
+    };
     let end = shm::join(
         &place,
         (rank, survivors.len() as u32),
         layout,
         Some(deadline.map_or(soon, |d| d.min(soon))),
-        &[],
-    )?;
+        Some(&lost),
+    )
+    .map_err(|e| renamed(e, survivors))?;
     let name = name.to_string();
     Ok((end, Origin::Shm { name, generation }))
+}
+
+/// An error of the new group as ranks of the old one know it.
+fn renamed(mut e: Error, survivors: &[u32]) -> Error {
+    let old = usize::try_from(e.peer)
+        .ok()
+        .and_then(|new| survivors.get(new));
+    if let Some(&old) = old {
+        e = e.blame(old);
+    }
+    e
 }

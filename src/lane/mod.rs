@@ -119,7 +119,7 @@ impl Endpoint {
         let layout = options.layout(size)?;
         check_rank(rank, size)?;
         let deadline = options.timeout.and_then(|t| Instant::now().checked_add(t));
-        let group = shm::join(name, (rank, size), layout, deadline, &[])?;
+        let group = shm::join(name, (rank, size), layout, deadline, None)?;
         let name = name.to_string();
         let origin = Origin::Shm {
             name,

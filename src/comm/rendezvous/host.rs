@@ -2,7 +2,8 @@
 //!
 //! Who has said no proper hello is a stranger; few of them are kept, and the oldest goes first.
 //! Once something has gone wrong there is a verdict, which every member is told at once, and every
-//! rank that comes later until all have come.
+//! rank that comes later until all have come. A rank that was told, and comes again, is here for the
+//! next group of this name: it is sent away without a word, and looks again.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -10,7 +11,7 @@ use std::hint::black_box;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::mapping::Mapping;
 use super::super::rundir::{self, RunDir};
@@ -20,6 +21,8 @@ use super::wire::{Hello, Message, VERSION};
 use super::{crowded, decide, ended, failed, map_peer, memfd, past, status_of, Join, Joined};
 use crate::error::{Error, Result, Status};
 
+/// How long rank 0 still tells ranks that come late of a rank that is gone.
+const LATE: Duration = Duration::from_secs(10);
 /// How many connections without a hello are kept.
 pub const MOST_STRANGERS: usize = 64;
 
@@ -66,7 +69,7 @@ struct Member {
     ready: bool,
 }
 
-struct Host<'a> {
+pub struct Host<'a> {
     join: &'a Join<'a>,
     token: &'a [u8],
     /// The earliest of all ranks' deadlines.
@@ -82,7 +85,8 @@ struct Host<'a> {
 }
 
 impl<'a> Host<'a> {
-    fn new(join: &'a Join<'a>, token: &'a [u8]) -> Host<'a> {
+    /// A host that has met nobody yet.
+    pub fn new(join: &'a Join<'a>, token: &'a [u8]) -> Host<'a> {
         let size = join.size as usize;
         let mut told = vec![false; size];
         told[0] = true;
@@ -103,7 +107,10 @@ impl<'a> Host<'a> {
     fn meet(&mut self, door: &Door) -> Result<Vec<Option<Mapping>>> {
         let mut peers = None;
         loop {
-            if let Some(verdict) = self.verdict.as_ref().filter(|v| self.may_leave(v)) {
+            if let (None, Some(cause)) = (&self.verdict, self.join.lost()) {
+                self.fail(cause);
+            }
+            if let Some(verdict) = self.verdict.as_ref().filter(|_| self.may_leave()) {
                 return Err(verdict.clone());
             }
             if past(self.deadline) {
@@ -127,15 +134,17 @@ impl<'a> Host<'a> {
                     return Ok(peers);
                 }
             }
-            self.turn(door, peers.is_some())?;
+            if let Err(cause) = self.turn(door, peers.is_some()) {
+                self.fail(from_rank(0, cause.clone()));
+                return Err(self.verdict.clone().unwrap_or(cause));
+            }
         }
     }
 
-    /// Whether everybody who can be told knows the verdict. For a rank that is gone or late nobody
-    /// waits; of what went wrong in a rank that is there, the ranks to come are told too.
-    fn may_leave(&self, verdict: &Error) -> bool {
+    /// Whether everybody who can be told knows the verdict: the ranks to come are told, too.
+    fn may_leave(&self) -> bool {
         past(self.deadline)
-            || matches!(verdict.status, Status::PeerLost | Status::Timeout)
+            || self.join.lost().is_some()
             || self.told[..self.expected].iter().all(|&told| told)
     }
 
@@ -156,7 +165,8 @@ impl<'a> Host<'a> {
             }
         }
         polled.extend(self.strangers.iter().map(|s| s.awaiting(libc::POLLIN)));
-        wait(&mut polled, self.deadline).map_err(|e| self.failed("waiting for ranks", &e))?;
+        let until = self.join.look(self.deadline);
+        wait(&mut polled, until).map_err(|e| self.failed("waiting for ranks", &e))?;
 
         let (members, strangers) = polled[1..].split_at(ranks.len());
         for (rank, polled) in ranks.into_iter().zip(members) {
@@ -181,7 +191,7 @@ impl<'a> Host<'a> {
     }
 
     /// Lets in who is at the door, as far as it is the same user.
-    fn open(&mut self, door: &Door) -> Result<()> {
+    pub fn open(&mut self, door: &Door) -> Result<()> {
         for _ in 0..MOST_STRANGERS {
             match door.listener.accept() {
                 Ok(socket) => {
@@ -238,6 +248,8 @@ impl<'a> Host<'a> {
             ));
             return;
         }
+        // A rank that failed and comes again may be faster than the news of its end.
+        while self.hear(place) {}
         if rank == 0 || self.members.get(place).is_some_and(Option::is_some) {
             refuse(format!("job {name}: rank {rank} is already there"));
             return;
@@ -254,35 +266,45 @@ impl<'a> Host<'a> {
             self.fail(from_rank(0, error));
         }
         if let Some(verdict) = &self.verdict {
-            tell(&socket, verdict);
-            if let Some(told) = self.told.get_mut(place) {
-                *told = true;
+            match self.told.get_mut(place) {
+                Some(true) => {}
+                Some(told) => {
+                    tell(&socket, verdict);
+                    *told = true;
+                }
+                None => tell(&socket, verdict),
             }
             return;
         }
         let end = hello.patience.and_then(|p| Instant::now().checked_add(p));
         self.deadline = self.deadline.into_iter().chain(end).min();
-        // If it is gone already, that is seen where it is heard.
-        let _ = socket.send(&Message::Welcome.encode(), &[]);
+        let welcome = socket.send(&Message::Welcome.encode(), &[]);
         self.files[place] = file;
         self.members[place] = Some(Member {
             socket,
             given: 0,
             ready: false,
         });
+        // If it is gone already, that is seen where it is heard.
+        if let Err(e) = welcome {
+            if !ended(&e) {
+                let error = self.failed(&format!("welcoming rank {rank}"), &e);
+                self.fail(from_rank(0, error));
+            }
+        }
     }
 
-    /// Hears a member.
-    fn hear(&mut self, rank: usize) {
-        let Some(member) = &mut self.members[rank] else {
-            return;
+    /// Hears a member: whether it said something that may be followed by more.
+    fn hear(&mut self, rank: usize) -> bool {
+        let Some(Some(member)) = self.members.get_mut(rank) else {
+            return false;
         };
         let name = self.join.name;
         let error = match member.socket.receive(0) {
             Ok(packet) => match Message::decode(&packet.bytes) {
-                Some(Message::Ready) if member.given == self.files.len() => {
+                Some(Message::Ready) if member.given == self.files.len() && !member.ready => {
                     member.ready = true;
-                    return;
+                    return true;
                 }
                 Some(Message::Fail(cause)) => from_rank(rank as u32, cause),
                 _ => {
@@ -290,7 +312,7 @@ impl<'a> Host<'a> {
                     Error::new(Status::Transport, text).blame(rank as u32)
                 }
             },
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return false,
             Err(e) if ended(&e) => {
                 let text = format!("job {name}: rank {rank} was lost before all had joined");
                 Error::new(Status::PeerLost, text).blame(rank as u32)
@@ -298,6 +320,7 @@ impl<'a> Host<'a> {
             Err(e) => self.failed(&format!("listening to rank {rank}"), &e),
         };
         self.fail(error);
+        false
     }
 
     /// Hands a member as many descriptors as it can take now.
@@ -318,7 +341,8 @@ impl<'a> Host<'a> {
                 }
                 Err(e) => {
                     let error = self.failed(&format!("giving memory to rank {rank}"), &e);
-                    return self.fail(from_rank(0, error));
+                    self.fail(from_rank(0, error));
+                    return;
                 }
             }
         }
@@ -336,6 +360,12 @@ impl<'a> Host<'a> {
 
     /// Tells all members why it will not be, and lets them go. The first reason is the one.
     fn fail(&mut self, error: Error) {
+        if self.verdict.is_none() && error.status == Status::PeerLost {
+            // Who else is gone never comes, and is not waited for as long as one who is only late.
+            self.deadline = (self.deadline.into_iter())
+                .chain(Instant::now().checked_add(LATE))
+                .min();
+        }
         let verdict = self.verdict.get_or_insert(error);
         for (rank, member) in self.members.iter_mut().enumerate() {
             if let Some(member) = member.take() {

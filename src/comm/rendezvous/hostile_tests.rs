@@ -2,20 +2,23 @@
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use super::super::rundir::effective_user;
-use super::host::MOST_STRANGERS;
+use super::super::rundir::{effective_user, RunDir};
+use super::door::Door;
+use super::host::{Host, MOST_STRANGERS};
 use super::socket::{wait, Socket};
 use super::tests::{all, environment, error, full, hear, hello, memory, rank, wait_for, within};
-use super::tests::{Place, OWN};
+use super::tests::{Place, NAME, OWN};
 use super::wire::{Hello, Message, LONGEST, LONGEST_TOKEN};
-use super::{join_in, memfd, Mapping, TOKEN};
-use crate::error::Status;
+use super::{join_in, memfd, Guest, Join, Mapping, Watch, TOKEN};
+use crate::error::{Error, Status};
 
 #[test]
 fn a_wrong_token_is_refused_and_takes_no_place() {
@@ -121,12 +124,206 @@ fn a_rank_that_dies_before_all_are_there_is_named() {
         let first = scope.spawn(|| place.join(&rank(0, 4)));
         let other = place.member(2, 4, memory(OWN));
         drop(place.member(1, 4, memory(OWN)));
-        let e = error(first.join().unwrap());
-        assert_eq!((e.status, e.peer), (Status::PeerLost, 1));
-        assert!(e.message.contains("rank 1 was lost"), "{e}");
-        assert_eq!(hear(&other), Some(Message::Fail(e)));
+        // A rank that comes late is told, too; one that was told, and comes again, finds nobody yet.
+        let Some(Message::Fail(told)) = hear(&other) else {
+            panic!("rank 2 was not told");
+        };
+        for again in [1, 2] {
+            let socket = place.connect();
+            let hello = Message::Hello(hello(again, 4)).encode();
+            socket.send(&hello, &[memory(OWN).as_fd()]).unwrap();
+            assert_eq!(hear(&socket), None);
+        }
+        for result in [place.join(&rank(3, 4)), first.join().unwrap()] {
+            let e = error(result);
+            assert_eq!((e.status, e.peer), (Status::PeerLost, 1));
+            assert!(e.message.contains("rank 1 was lost"), "{e}");
+            assert_eq!(e, told);
+        }
     });
     place.assert_empty();
+}
+
+#[test]
+fn a_rank_that_comes_again_before_its_end_was_heard_is_not_refused() {
+    let place = Place::new();
+    let dir = RunDir::find(&environment(&[("RSBUCKET_RUN_DIR", &place.0)])).unwrap();
+    let door = Door::open(NAME, &dir, None).unwrap();
+    let join = rank(0, 3);
+    for ended in [true, false] {
+        // Rank 0 as in its loop, but nothing is heard between two looks at the door.
+        let mut host = Host::new(&join, &[]);
+        let mut come = || {
+            let socket = place.connect();
+            let hello = Message::Hello(hello(1, 3)).encode();
+            socket.send(&hello, &[memory(OWN).as_fd()]).unwrap();
+            host.open(&door).unwrap();
+            socket
+        };
+        let first = come();
+        assert_eq!(hear(&first), Some(Message::Welcome));
+        if ended {
+            drop(first);
+            assert_eq!(hear(&come()), None, "it looks for the next group");
+        } else {
+            let Some(Message::Fail(e)) = hear(&come()) else {
+                panic!("a rank that another process has was let in");
+            };
+            assert_eq!(e.status, Status::Permission);
+            assert!(e.message.contains("rank 1 is already there"), "{e}");
+        }
+    }
+}
+
+/// From here on every sendmsg of this thread fails with `code`. False where the system forbids that.
+fn fail_sends(code: i32) -> bool {
+    let step = |code: u32, no, k| libc::sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf: no,
+        k,
+    };
+    let mut steps = [
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        step(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            1,
+            libc::SYS_sendmsg as u32,
+        ),
+        step(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            libc::SECCOMP_RET_ERRNO | code as u32,
+        ),
+        step(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: steps.len() as u16,
+        filter: steps.as_mut_ptr(),
+    };
+    // SAFETY: both change this thread alone; the program is whole, and read during the call.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) == 0
+    };
+    if !done {
+        eprintln!("skipped: no seccomp filters here");
+    }
+    done
+}
+
+#[test]
+fn a_rank_that_can_say_nothing_ends_with_the_reason() {
+    for (code, status) in [
+        (libc::ENOBUFS, Status::NoMemory),
+        (libc::ENOMEM, Status::NoMemory),
+        (libc::EIO, Status::Transport),
+    ] {
+        let place = Place::new();
+        thread::scope(|scope| {
+            let ranks = [rank(0, 3), within(300, rank(2, 3))];
+            let others = ranks
+                .map(|r| (&place, r))
+                .map(|(p, r)| scope.spawn(move || p.join(&r)));
+            let mute =
+                scope.spawn(|| fail_sends(code).then(|| place.join(&within(300, rank(1, 3)))));
+            if let Some(result) = mute.join().unwrap() {
+                let e = error(result);
+                assert_eq!((e.status, e.native), (status, code));
+                assert!(e.message.contains("talking to rank 0"), "{e}");
+            }
+            // It has never said who it is.
+            for other in others {
+                let e = error(other.join().unwrap());
+                assert_eq!((e.status, e.peer), (Status::Timeout, 1));
+            }
+        });
+        place.assert_empty();
+    }
+}
+
+#[test]
+fn a_rank_that_can_say_nothing_any_more_is_lost_to_the_others() {
+    let place = Place::new();
+    thread::scope(|scope| {
+        let others = [0, 2].map(|r| {
+            let place = &place;
+            scope.spawn(move || place.join(&rank(r, 3)))
+        });
+        let mute = scope.spawn(|| {
+            let join = rank(1, 3);
+            let mut guest = Guest::new(&join, place.connect());
+            let memory = File::from(memory(OWN));
+            assert_eq!(guest.greet(&[], Ok(&memory)).unwrap(), None);
+            let e = fail_sends(libc::ENOBUFS).then(|| guest.listen().map(|_| ()).unwrap_err());
+            if let Some(e) = e {
+                assert_eq!((e.status, e.native), (Status::NoMemory, libc::ENOBUFS));
+            }
+        });
+        mute.join().unwrap();
+        for other in others {
+            let e = error(other.join().unwrap());
+            assert_eq!((e.status, e.peer), (Status::PeerLost, 1));
+        }
+    });
+    place.assert_empty();
+}
+
+#[test]
+fn a_rank_that_cannot_give_its_memory_tells_the_others() {
+    let place = Place::new();
+    thread::scope(|scope| {
+        let others = [0, 2].map(|r| {
+            let place = &place;
+            scope.spawn(move || place.join(&rank(r, 3)))
+        });
+        // SAFETY: no process has so many; the number is used for nothing else, and never closed.
+        let none = ManuallyDrop::new(unsafe { File::from_raw_fd(i32::MAX) });
+        let join = rank(1, 3);
+        let mut guest = Guest::new(&join, place.connect());
+        let e = guest.converse(&[], Ok(&none)).map(|_| ()).unwrap_err();
+        assert_eq!((e.status, e.native), (Status::Transport, libc::EBADF));
+        for other in others {
+            let e = error(other.join().unwrap());
+            assert_eq!(
+                (e.status, e.native, e.peer),
+                (Status::Transport, libc::EBADF, 1)
+            );
+            assert!(e.message.contains("rank 1: job"), "{e}");
+        }
+    });
+    place.assert_empty();
+}
+
+#[test]
+fn who_is_known_to_be_gone_is_not_waited_for() {
+    static GONE: AtomicBool = AtomicBool::new(false);
+    fn lost() -> Option<Error> {
+        let error = || Error::new(Status::PeerLost, "rank 2 is gone").blame(2);
+        GONE.load(Ordering::Relaxed).then(error)
+    }
+    // Rank 0 is there, or is the one that is gone.
+    for there in [vec![0, 1], vec![1]] {
+        GONE.store(false, Ordering::Relaxed);
+        let place = Place::new();
+        thread::scope(|scope| {
+            let join = |r: u32| {
+                let place = &place;
+                let lost: Option<Watch> = Some(&lost);
+                scope.spawn(move || place.join(&Join { lost, ..rank(r, 3) }))
+            };
+            let ranks: Vec<_> = there.into_iter().map(join).collect();
+            if ranks.len() == 2 {
+                wait_for(|| place.socket().exists());
+            }
+            GONE.store(true, Ordering::Relaxed);
+            for rank in ranks {
+                let e = error(rank.join().unwrap());
+                assert_eq!((e.status, e.peer), (Status::PeerLost, 2));
+            }
+        });
+        place.assert_empty();
+    }
 }
 
 #[test]
@@ -215,10 +412,8 @@ fn peers_can_neither_write_nor_resize_what_they_get() {
 fn memory_that_could_shrink_is_refused_by_all() {
     let plain = || {
         // SAFETY: the name is a C string. The descriptor is fresh.
-        let file = unsafe {
-            use std::os::fd::FromRawFd;
-            File::from_raw_fd(libc::memfd_create(c"plain".as_ptr(), libc::MFD_CLOEXEC))
-        };
+        let file =
+            unsafe { File::from_raw_fd(libc::memfd_create(c"plain".as_ptr(), libc::MFD_CLOEXEC)) };
         file.set_len(OWN as u64).unwrap();
         file
     };
@@ -262,6 +457,15 @@ fn what_a_killed_job_left_makes_place() {
         }
         place.assert_empty();
     }
+}
+
+#[test]
+fn who_waits_in_vain_tidies_up_after_a_killed_rank_0() {
+    let place = Place::new();
+    drop(Socket::listen(&place.socket()).unwrap());
+    let e = error(place.join(&within(20, rank(1, 2))));
+    assert_eq!((e.status, e.peer), (Status::Timeout, 0));
+    place.assert_empty();
 }
 
 #[test]
