@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
+#include <thread>
 
 #include "fake_engine.h"
 #include "worker.h"
@@ -218,6 +219,50 @@ TEST(ShrinkShm, ARankDiesWhileTheOthersShrink) {
         nullptr, {1, second});
     expect_tidy();
   }
+}
+
+TEST(ShrinkShm, ARankThatDiesBeforeItMeetsTheOthersIsNotWaitedFor) {
+  std::string elsewhere = ::testing::TempDir() + "rsbXXXXXX";
+  ASSERT_NE(mkdtemp(elsewhere.data()), nullptr);
+  const std::string here = std::getenv("RSBUCKET_RUN_DIR");
+  for (const uint32_t second : {0u, 2u, 3u}) {
+    run_shm(
+        4,
+        [&](uint32_t rank, rsb_comm *comm) {
+          if (rank == 1) {
+            raise(SIGKILL);
+          }
+          {
+            Worker worker(comm, 0, nullptr, 99);
+            expect_lost(worker, comm, {1});
+          }
+          if (rank == second) {
+            // It comes to shrink, looks for the others in a wrong place, and dies once they meet.
+            ASSERT_EQ(setenv("RSBUCKET_RUN_DIR", elsewhere.c_str(), 1), 0);
+            std::thread([&] {
+              while (std::filesystem::is_empty(second == 0 ? elsewhere : here)) {
+                std::this_thread::yield();
+              }
+              raise(SIGKILL);
+            }).detach();
+            shrunk(comm);
+            FAIL() << "met somebody";
+          }
+          // Too short for a second attempt, were it only made when the first has taken its time.
+          const rsb_comm_config config = comm_config(4000000000);
+          rsb_comm *smaller = nullptr;
+          Error error;
+          ASSERT_TRUE(answers(RSB_OK, rsb_comm_shrink(comm, &config, &smaller, error), error));
+          Ranks ranks = {0, 2, 3};
+          ranks.erase(std::find(ranks.begin(), ranks.end(), second));
+          expect_dense(smaller, rank, ranks);
+          work(smaller, 2);
+          rsb_comm_free(smaller);
+        },
+        nullptr, {1, second});
+    expect_tidy();
+  }
+  std::filesystem::remove_all(elsewhere);
 }
 
 /// A comm of three whose last rank is gone; `fn` on the two that stay.

@@ -411,7 +411,9 @@ rsb_status rsb_comm_create_local(uint32_t size,
 /** Joins a group whose `size` ranks are processes of this host and user.
  *
  * - name: this job's name, the same on all ranks: letters, digits, '.', '_' and '-', at most 64.
- *   Nothing is left behind under it, however a process ends.
+ *   Nothing is left behind under it, however a process ends; only if all ranks are killed while
+ *   they meet, the empty file of a socket stays, until a group meets in that directory again
+ *   (before a reboot; later nobody looks for it).
  * - rank, size: this process's rank, and the number of ranks; each rank joins once.
  * - config: may be NULL; settings that must agree are compared between the ranks.
  * - out_comm: receives the handle, which is the caller's.

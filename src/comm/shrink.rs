@@ -130,13 +130,14 @@ fn meet(
     Ok((end, Origin::Shm { name, generation }))
 }
 
-/// An error of the new group as ranks of the old one know it.
+/// An error of the new group, blaming by the old numbers.
 fn renamed(mut e: Error, survivors: &[u32]) -> Error {
-    let old = usize::try_from(e.peer)
-        .ok()
-        .and_then(|new| survivors.get(new));
-    if let Some(&old) = old {
-        e = e.blame(old);
+    let place = usize::try_from(e.peer);
+    match place.ok().and_then(|new| Some((new, *survivors.get(new)?))) {
+        Some((new, old)) if new as u32 != old => {
+            e.message = format!("{} (rank {new} of the survivors is rank {old})", e.message);
+            e.blame(old)
+        }
+        _ => e,
     }
-    e
 }
