@@ -2,7 +2,9 @@
 // free.
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/resource.h>
 
+#include <cerrno>
 #include <cstring>
 
 #include "harness.h"
@@ -238,6 +240,23 @@ TEST(Shm, DifferentStagingIsAConfigMismatch) {
     Error error;
     EXPECT_TRUE(answers(RSB_ERR_CONFIG_MISMATCH,
                         rsb_comm_create_shm(name.c_str(), rank, 2, &config, &comm, error), error));
+  });
+}
+
+TEST(Shm, ALimitOfFileSizesIsNoMemoryAndNoSignal) {
+  run_processes(1, [&](uint32_t) {
+    const rlimit limit = {size_t{1} << 20, size_t{1} << 20};
+    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    rsb_comm_config config = comm_config();
+    rsb_comm *comm = nullptr;
+    Error error;
+    const std::string name = unique_name();
+    ASSERT_TRUE(answers(RSB_ERR_NO_MEMORY, rsb_comm_create_shm(name.c_str(), 0, 1, &config, &comm, error), error));
+    EXPECT_EQ(error->native_code, EFBIG);
+    EXPECT_NE(error.message().find("1048576"), std::string::npos) << error.message();
+    config.staging_bytes = size_t{1} << 16;
+    ASSERT_RSB_OK(rsb_comm_create_shm(name.c_str(), 0, 1, &config, &comm, nullptr));
+    rsb_comm_free(comm);
   });
 }
 

@@ -107,6 +107,14 @@ impl RunDir {
                 seen.mode() & 0o7777
             )));
         }
+        // Rank 0 makes a file in it: where it cannot, nobody needs to wait for it.
+        // SAFETY: takes a descriptor, which is open, a C string and numbers.
+        let denied = unsafe {
+            libc::faccessat(dir.as_raw_fd(), c".".as_ptr(), libc::W_OK, libc::AT_EACCESS)
+        };
+        if denied != 0 {
+            return Err(failed(io::Error::last_os_error()));
+        }
         Ok(RunDir { dir, path })
     }
 
@@ -281,6 +289,28 @@ mod tests {
         assert_refused(&names, &run.join("rsbucket"), "expected a directory");
         let squatted = scratch.dir(&format!("rsbucket-{}", effective_user()), 0o707);
         assert_refused(&[("TMPDIR", &scratch.0)], &squatted, "mode 0707");
+    }
+
+    #[test]
+    fn one_that_takes_no_files_is_refused() {
+        let scratch = Scratch::new();
+        let dir = scratch.dir("locked", 0o500);
+        let check = || assert_refused(&[(VARIABLE, &dir)], &dir, "Permission denied");
+        if effective_user() != 0 {
+            return check();
+        }
+        // Nothing is closed to root: somebody else looks.
+        std::os::unix::fs::chown(&dir, Some(65534), None).unwrap();
+        fs::set_permissions(&scratch.0, fs::Permissions::from_mode(0o711)).unwrap();
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                // SAFETY: takes numbers. The system call itself, unlike the C library's function,
+                // changes this thread alone, which ends soon.
+                let changed = unsafe { libc::syscall(libc::SYS_setresuid, -1, 65534, -1) };
+                assert_eq!(changed, 0);
+                check();
+            });
+        });
     }
 
     #[test]

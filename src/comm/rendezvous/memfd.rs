@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use super::super::mapping::Mapping;
-use super::failed;
+use super::{failed, status_of};
 use crate::error::{Error, Result, Status};
 
 const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
@@ -19,13 +19,15 @@ const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 pub fn own(bytes: usize, committed: usize) -> Result<(Mapping, File)> {
     let file = create(bytes)?;
     let mut mapping = Mapping::of_file(file.as_fd(), bytes, true)?;
-    mapping.commit(0, committed)?;
     if committed > 0 {
+        mapping.commit(0, 1)?;
         mapping = mapping.enliven()?;
     }
+    // Last: it takes long where there is much of it, and what can fail has not failed.
+    mapping.commit(0, committed)?;
     let what = "re-opening shared memory for reading through /proc/self/fd";
     let shared = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-        .map_err(|e| failed(Status::NoMemory, what, &e))?;
+        .map_err(|e| failed(status_of(&e), what, &e))?;
     Ok((mapping, shared))
 }
 
@@ -63,6 +65,13 @@ pub fn receive(file: &File, bytes: usize, writable: bool, whose: &str) -> Result
 
 fn create(bytes: usize) -> Result<File> {
     let what = format!("creating {bytes} bytes of shared memory");
+    let limit = most_bytes();
+    if bytes as u64 > limit {
+        // Going past it would not only fail: a signal would end the process.
+        let text =
+            format!("{what}: this process's limit of file sizes (ulimit -f) is {limit} bytes");
+        return Err(Error::new(Status::NoMemory, text).native(libc::EFBIG));
+    }
     let new = |flags| {
         // SAFETY: the name is a C string; the call only reads it.
         unsafe { libc::memfd_create(c"rsbucket".as_ptr(), flags) }
@@ -84,4 +93,15 @@ fn create(bytes: usize) -> Result<File> {
         return Err(Error::os(Status::NoMemory, what));
     }
     Ok(file)
+}
+
+/// How long this process may make a file.
+fn most_bytes() -> u64 {
+    // SAFETY: a struct of numbers, for which zero is a value.
+    let mut limit: libc::rlimit = unsafe { std::mem::zeroed() };
+    // SAFETY: fills the struct in.
+    match unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &mut limit) } {
+        0 => limit.rlim_cur,
+        _ => u64::MAX,
+    }
 }
