@@ -203,9 +203,10 @@ impl Group {
     #[inline]
     pub fn record(&self, number: u64, words: &Words) {
         // Counted before its words overwrite an old call, so that a reader of that one can tell; and
-        // counted again when they are there.
+        // counted again when they are there. The first count, too, may be all that a reader of the call
+        // before sees: both release.
         let calls = &self.own_head().calls.0;
-        calls.store(number << 1 | 1, Ordering::Relaxed);
+        calls.store(number << 1 | 1, Ordering::Release);
         fence(Ordering::Release);
         for (to, from) in self.call_of(self.rank, number).iter().zip(words) {
             to.store(*from, Ordering::Relaxed);
