@@ -10,7 +10,7 @@ CC    ?= cc
 JOBS  ?= 2
 RANKS ?= 4
 
-.PHONY: demo lib test lint rust c sanitize tsan bench header clean
+.PHONY: demo lib test lint rust c sanitize tsan models models-slice bench header clean
 
 demo: target/demo/train_digits
 	target/demo/train_digits --ranks $(RANKS) --data data/digits.csv
@@ -54,6 +54,16 @@ tsan:
 	  RUSTFLAGS=-Zsanitizer=thread PROPTEST_CASES=60 $(CARGO) +nightly test --locked -Zbuild-std \
 	    --target $(TSAN_TARGET) --target-dir target/tsan --lib -- bucketer:: handle:: memory::; \
 	else echo "tsan: skipped, no nightly toolchain with rust-src"; fi
+
+# The group protocol under two model checkers: loom in every order that it is given time for, shuttle at
+# four ranks in random ones. `models-slice` is what CI runs, `models` goes further; tools/mutate_models
+# proves that they bite. Results: docs/results/models.md.
+models: export RSBUCKET_MODELS = full
+models: export RSBUCKET_MODEL_ROUNDS ?= 100000
+MODEL_TEST = $(CARGO) test --locked --profile model --lib
+models models-slice:
+	RUSTFLAGS="--cfg loom" $(MODEL_TEST) --target-dir target/loom -- --nocapture ring::model
+	RUSTFLAGS="--cfg shuttle" $(MODEL_TEST) --target-dir target/shuttle -- --nocapture ring::model
 
 # The library beside MPICH and Open MPI and the memory floors: one table (about 4 minutes; bench/run --help).
 bench:

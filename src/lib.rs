@@ -15,10 +15,12 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("rsbucket's handles are 64-bit tokens in pointer types: 64-bit targets only");
 
+#[cfg(not(any(loom, shuttle)))]
 pub mod bucketer;
 pub mod comm;
 pub mod dtype;
 pub mod error;
+#[cfg(not(any(loom, shuttle)))]
 pub mod ffi;
 pub mod fingerprint;
 pub mod fork;
@@ -28,4 +30,5 @@ pub mod layout;
 pub mod log;
 pub mod memory;
 pub mod reduce;
+pub mod sync;
 pub mod thread;

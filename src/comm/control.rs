@@ -4,20 +4,19 @@
 //! read-only mapping. The one exception, the group word, lies in a page of its own that all ranks
 //! may write ([`super::word`]). All fields are atomics: no reference to shared bytes is ever made.
 
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
-
 use crate::error::Result;
 use crate::layout::Geometry;
+use crate::sync::{AtomicI32, AtomicU32, AtomicU64, MODEL};
 
 /// A value on a cache line of its own.
 #[repr(C, align(64))]
 pub struct Lone<T>(pub T);
 
 /// How many of its last calls a rank keeps readable, for naming the first that differs.
-pub const CALLS: usize = 4096;
+pub const CALLS: usize = if MODEL { 2 } else { 4096 };
 
 /// Bytes of a message, with its terminator.
-pub const MESSAGE: usize = 240;
+pub const MESSAGE: usize = if MODEL { 16 } else { 240 };
 
 /// The head of a rank's memory.
 #[repr(C)]

@@ -7,15 +7,16 @@
 //! sleeps, and ends with the last comm.
 
 use std::ptr;
-use std::sync::atomic::{fence, AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::AtomicPtr;
 use std::sync::{mpsc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::error::{Error, Result, Status};
 use crate::fork;
+use crate::sync::{fence, AtomicU32, Ordering};
 
 /// Set in a liveness word by the kernel when the keeper that owned it has ended.
-const OWNER_DIED: u32 = libc::FUTEX_OWNER_DIED;
+pub const OWNER_DIED: u32 = libc::FUTEX_OWNER_DIED;
 
 /// Bytes before a liveness word's page that must be private, writable memory of the same mapping: the
 /// kernel finds the word at a fixed distance from its node in the list.

@@ -1,6 +1,5 @@
 //! A group whose ranks are threads: the ring's memory in this process alone.
 
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -8,6 +7,7 @@ use super::control::Layout;
 use super::group::Group;
 use super::mapping::Mapping;
 use crate::error::{Error, Result, Status};
+use crate::sync::AtomicU64;
 
 /// How long a survivor waits before it looks again whether the others still live.
 const SLICE: Duration = Duration::from_millis(1);

@@ -4,13 +4,16 @@
 //! so there it yields at once. No wait depends on a wake-up alone: a slice ends after half a
 //! millisecond, and the caller looks again (deaths, aborts, its deadline).
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+#[cfg(any(loom, shuttle))]
+pub use crate::sync::model::{futex_wait, futex_wake};
+use crate::sync::{AtomicU32, Ordering, MODEL};
 
 /// The longest sleep without a look around.
 pub const SLICE: Duration = Duration::from_micros(500);
 const SPINS: u32 = 1000;
-const YIELD_FOR: Duration = Duration::from_millis(1);
+const YIELD_FOR: Duration = Duration::from_millis(if MODEL { 0 } else { 1 });
 
 /// One wait: from its start, or from the last progress, to now.
 pub struct Patience {
@@ -31,7 +34,7 @@ impl Patience {
 
     /// Whether `ranks` ranks of this host can all run at once.
     pub fn may_spin(ranks: u32) -> bool {
-        std::thread::available_parallelism().is_ok_and(|n| n.get() >= ranks as usize)
+        !MODEL && std::thread::available_parallelism().is_ok_and(|n| n.get() >= ranks as usize)
     }
 
     /// Something moved: timeouts count from here.
@@ -73,7 +76,7 @@ impl Patience {
 }
 
 /// Sleeps on `word` while it is `seen`, at most `slice`. May wake early.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(any(loom, shuttle))))]
 pub fn futex_wait(word: &AtomicU32, seen: u32, slice: Duration) {
     let time = libc::timespec {
         tv_sec: 0,
@@ -94,7 +97,7 @@ pub fn futex_wait(word: &AtomicU32, seen: u32, slice: Duration) {
 }
 
 /// Wakes all who sleep on `word`.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(any(loom, shuttle))))]
 pub fn futex_wake(word: &AtomicU32) {
     // SAFETY: FUTEX_WAKE uses the address as a key; it is borrowed.
     unsafe {
@@ -111,13 +114,13 @@ pub fn futex_wake(word: &AtomicU32) {
 }
 
 /// Sleeps a slice.
-#[cfg(not(target_os = "linux"))]
+#[cfg(not(any(target_os = "linux", loom, shuttle)))]
 pub fn futex_wait(_word: &AtomicU32, _seen: u32, slice: Duration) {
     std::thread::sleep(slice);
 }
 
 /// Nothing to do: sleepers look again after their slice.
-#[cfg(not(target_os = "linux"))]
+#[cfg(not(any(target_os = "linux", loom, shuttle)))]
 pub fn futex_wake(_word: &AtomicU32) {}
 
 /// Changes a bell, so that nobody falls asleep on the old value, and wakes who sleeps.

@@ -1,6 +1,5 @@
 //! A group whose ranks are processes of this host: the ring's memory, mapped by all of them.
 
-use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -8,6 +7,7 @@ use super::control::{Layout, CALLS};
 use super::group::Group;
 use super::rendezvous::{self, Join, Watch};
 use crate::error::{unsupported, Result};
+use crate::sync::AtomicU64;
 
 /// Changes with every change of what lies where in shared memory, or what it means.
 const PROTOCOL: u64 = 1;

@@ -78,7 +78,7 @@ pub fn shrink(
 }
 
 /// Waits until every rank has come to shrink or is gone: those that have come.
-fn survivors(group: &Group, deadline: Option<Instant>) -> Result<Vec<u32>> {
+pub(crate) fn survivors(group: &Group, deadline: Option<Instant>) -> Result<Vec<u32>> {
     let gone = |r: u32| group.is_gone(r).is_some();
     let mut patience = Patience::new(group.spin());
     loop {

@@ -7,9 +7,8 @@
 //! Bits, from the top: status 8 (negated; 0: alive), origin 12, culprit 12 (all ones: none),
 //! committed chunks 32 (modulo 2^32; ranks are never that far apart).
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use crate::error::Status;
+use crate::sync::{AtomicU64, Ordering};
 
 const RANK_BITS: u64 = 0xfff;
 

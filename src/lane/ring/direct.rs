@@ -8,10 +8,10 @@ use crate::fingerprint::{Call, CallKind};
 use crate::lane::work::{Meter, Work};
 
 /// A stretch that goes into one chunk: elements `from..from + count` to slot `slot`.
-struct Stretch {
-    slot: u32,
-    from: usize,
-    count: usize,
+pub(super) struct Stretch {
+    pub(super) slot: u32,
+    pub(super) from: usize,
+    pub(super) count: usize,
 }
 
 /// Threads read each other's inputs in place from this many bytes of a row on. Below, waiting until all have
@@ -121,7 +121,7 @@ impl Ring {
 
     /// Sends `total` elements, `room` at most in a chunk, as `fill` puts them there, and waits until the
     /// last chunk is reduced here. Without elements ranks only meet.
-    fn stream(
+    pub(super) fn stream(
         &self,
         call: &Call,
         total: usize,

@@ -7,6 +7,8 @@
 
 mod desync;
 mod direct;
+#[cfg(any(loom, shuttle))]
+mod model;
 mod state;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::desync;
+#[cfg(any(loom, shuttle))]
+use super::model::Reduction;
 use crate::comm::group::{Group, Stall};
 use crate::comm::word::Fate;
 use crate::dtype::{DType, Finish, Op};
@@ -16,6 +18,7 @@ use crate::error::{Error, Result, Status};
 use crate::fingerprint::{Chain, Words};
 use crate::lane::work::{Meter, Work};
 use crate::lane::LaneId;
+#[cfg(not(any(loom, shuttle)))]
 use crate::reduce::Reduction;
 
 /// A stretch of one op inside a chunk.
