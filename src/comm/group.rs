@@ -412,7 +412,9 @@ impl Group {
         let origin = end.origin.min(self.size() - 1);
         let mut error = read_detail(&self.head(origin).detail.0);
         error.status = end.status;
-        error.peer = end.culprit.map_or(-1, |r| r as i32);
+        // Callers index with it: a rank that does not exist is nobody.
+        let culprit = end.culprit.filter(|&r| r < self.size());
+        error.peer = culprit.map_or(-1, |r| r as i32);
         Some(error)
     }
 }

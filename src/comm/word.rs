@@ -15,7 +15,7 @@ const RANK_BITS: u64 = 0xfff;
 /// The most ranks a group can have: ranks take twelve bits, one value means none.
 pub const MAX_RANKS: u32 = 1024;
 
-/// Why and where a group ended.
+/// Why a group ended, and who said so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct End {
     /// The cause.
@@ -24,15 +24,6 @@ pub struct End {
     pub origin: u32,
     /// The rank to blame.
     pub culprit: Option<u32>,
-    /// Chunks committed before, modulo 2^32.
-    committed: u32,
-}
-
-impl End {
-    /// Whether chunk `seq` was committed before the end.
-    pub fn committed(&self, seq: u64) -> bool {
-        before(seq, self.committed)
-    }
 }
 
 /// The fate of a chunk.
@@ -56,10 +47,11 @@ fn end_of(word: u64) -> Option<End> {
     let culprit = (word >> 32) & RANK_BITS;
     Some(End {
         // The word is shared: a value that no rank of ours wrote counts as a failed transport.
-        status: Status::from_code(-code).unwrap_or(Status::Transport),
+        status: Status::from_code(-code)
+            .filter(|s| s.code() <= Status::Timeout.code())
+            .unwrap_or(Status::Transport),
         origin: ((word >> 44) & RANK_BITS) as u32,
         culprit: (culprit != RANK_BITS).then_some(culprit as u32),
-        committed: word as u32,
     })
 }
 
@@ -125,7 +117,21 @@ mod tests {
             (end.status, end.origin, end.culprit),
             (Status::Desync, 3, Some(7))
         );
-        assert!(end.committed(start + 5) && !end.committed(start + 6));
+    }
+
+    #[test]
+    fn a_cause_that_ends_no_group_is_a_failed_transport() {
+        for (code, status) in [
+            (1, Status::Transport),
+            (10, Status::Transport),
+            (20, Status::Timeout),
+            (25, Status::Transport),
+            (99, Status::Panic),
+            (255, Status::Transport),
+        ] {
+            let word = AtomicU64::new(code << 56);
+            assert_eq!(end(&word).map(|e| e.status), Some(status), "{code}");
+        }
     }
 
     #[test]

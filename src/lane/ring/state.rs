@@ -325,16 +325,20 @@ impl State {
     /// anything moved.
     pub fn progress(&mut self, group: &Group, meter: &mut Meter) -> bool {
         let before = self.reduced;
-        while self.failure.is_none() && self.reduced < self.next && self.step(group, meter) {}
-        if self.failure.is_none() && self.reduced > before {
-            group.set_consumed(self.reduced);
-        }
-        if self.failure.is_none() {
-            if let Some(end) = group.end() {
-                if self.reduced == self.next || !end.committed(self.reduced) {
-                    self.fail(group);
-                }
+        loop {
+            // Looked at first: what was committed before the end has all its lines by then. What
+            // cannot be carried out now never will be, whatever the word says.
+            let ended = group.end().is_some();
+            while self.failure.is_none() && self.reduced < self.next && self.step(group, meter) {}
+            if ended && self.failure.is_none() {
+                self.fail(group);
             }
+            if ended || group.end().is_none() {
+                break;
+            }
+        }
+        if self.reduced > before {
+            group.set_consumed(self.reduced);
         }
         self.reduced > before || self.failure.is_some()
     }
