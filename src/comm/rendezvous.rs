@@ -292,7 +292,13 @@ impl<'a> Guest<'a> {
                 }
                 None => return Ok(None),
                 Some((Message::Welcome, _)) => self.welcome = true,
-                Some((Message::Fail(error), _)) => return Err(error),
+                Some((Message::Fail(mut error), _)) => {
+                    // Callers index with it: a rank that does not exist is nobody.
+                    if !(0..self.join.size as i32).contains(&error.peer) {
+                        error.peer = -1;
+                    }
+                    return Err(error);
+                }
                 Some((Message::Memory { first }, files))
                     if first as usize == self.mapped.len()
                         && self.mapped.len() + files.len() <= whole =>
@@ -361,6 +367,11 @@ impl<'a> Guest<'a> {
         };
         let mut reset = false;
         loop {
+            // Before anything is heard: a rank 0 that never stops talking ends, too.
+            if past(until) {
+                let text = format!("job {}: rank 0 has not answered in time", self.join.name);
+                return Err(Error::new(Status::Timeout, text).blame(0));
+            }
             match self.socket.receive(MOST_DESCRIPTORS) {
                 // Rank 0 has closed without reading all: what it said before is still to be heard.
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset && !reset => reset = true,
@@ -376,10 +387,6 @@ impl<'a> Guest<'a> {
                 Err(e) if ended(&e) => return Ok(None),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(blame(e)),
-            }
-            if past(until) {
-                let text = format!("job {}: rank 0 has not answered in time", self.join.name);
-                return Err(Error::new(Status::Timeout, text).blame(0));
             }
             if let Some(cause) = self.join.lost() {
                 return Err(cause);
