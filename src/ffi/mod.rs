@@ -16,3 +16,7 @@ pub mod version;
 mod imp;
 
 pub use self::{bucketer::*, comm::*, dtype::*, log::*, status::*, version::*};
+
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use self::imp::handle_of;

@@ -149,6 +149,13 @@ impl Endpoint {
         Ok(endpoint(&options.label, Lanes::Buckets(lanes)))
     }
 
+    /// A comm on memory that a fuzz target fills.
+    #[cfg(fuzzing)]
+    #[doc(hidden)]
+    pub fn on_group(group: Group, origin: Origin, options: &Options) -> Arc<Endpoint> {
+        options.ring(group, origin)
+    }
+
     /// This rank's end of the smaller group that the survivors of a lost rank form. Blocks for them.
     pub fn shrink(&self, options: &Options) -> Result<Arc<Endpoint>> {
         let Lanes::Ring(ring, origin) = &self.lanes else {

@@ -36,6 +36,12 @@ fn insert(end: Arc<Endpoint>) -> Result<*mut rsb_comm> {
     Ok(token as *mut rsb_comm)
 }
 
+/// The handle of a comm that a fuzz target has made of its own memory.
+#[cfg(fuzzing)]
+pub fn handle_of(end: Arc<Endpoint>) -> *mut rsb_comm {
+    insert(end).unwrap_or(std::ptr::null_mut())
+}
+
 /// # Safety
 /// `config` is NULL or points to what its struct_size says.
 unsafe fn options(config: *const rsb_comm_config) -> Result<Options> {

@@ -1,0 +1,4 @@
+//! libFuzzer's way into the target: see `src/rendezvous.rs`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| rsbucket_fuzz::rendezvous::run(data));
