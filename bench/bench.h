@@ -20,20 +20,25 @@ const char *bench_op_name(int op);
  * compares bits. Elements from `valid` on are padding: zeros. */
 void bench_fill(void *to, int dtype, int op, int rank, size_t tensor, size_t numel, size_t valid, int round);
 
-/* Checks `numel` results of a tensor that begin at its element `first`. Returns the index of the first wrong one, or
- * numel if all are right. */
-size_t bench_check(const void *got, int dtype, int op, int ranks, size_t tensor, size_t first, size_t numel,
-                   size_t valid, int round);
+/* What results should be: of which type, by which operation, and whether they were added to what bench_fill_before had
+ * written there. */
+typedef struct {
+  int dtype, op;
+  bool added;
+} bench_expected;
+
+/* Writes to outputs what results are added to: values that depend on the position. */
+void bench_fill_before(float *to, size_t numel);
 
 /* ---- Options --------------------------------------------------------------------------------- */
 
 typedef struct {
   int ranks, dtype, op;
-  bool threads, borrow, output, forms, floors, check, forward;
+  bool threads, borrow, output, forms, fused, floors, check, forward, memory;
   const char *workloads, *sizes, *shapes, *json;
   long long bucket_bytes;
   size_t staging_bytes, piece_bytes;
-  int rounds, iters, warmup;
+  int rounds, iters, warmup, count;
 } bench_options;
 
 /* Reads the command line. It ends the program after --help and on a wrong option. */
@@ -54,7 +59,7 @@ typedef struct {
 } bench_tensor;
 
 typedef struct {
-  char name[16], what[112];
+  char name[24], what[112];
   bench_tensor *tensors;
   size_t count;
   size_t in_numel, out_numel; /* of the arenas */
@@ -72,8 +77,8 @@ int bench_iters(const bench_options *opt, const bench_workload *work);
 void bench_fill_inputs(const bench_options *opt, const bench_workload *work, void *in, int rank, int round);
 
 /* Ends the program if a shard is wrong. shards[i]: where the rank's shard of tensor i is. */
-void bench_check_outputs(const bench_options *opt, const bench_workload *work, const void *const *shards, int rank,
-                         int round, const char *who);
+void bench_check_outputs(const bench_options *opt, const bench_workload *work, const bench_expected *expected,
+                         const void *const *shards, int rank, int round, const char *who);
 
 /* ---- Time ------------------------------------------------------------------------------------ */
 
@@ -99,12 +104,26 @@ typedef struct {
 bench_series bench_join(const char *key, const char *label, bool is_floor, int rounds, int iters,
                         const bench_sample *samples, int ranks);
 
+void bench_free(bench_series *series);
+
 void bench_print(const bench_options *opt, const bench_workload *work, const char *mode, const bench_series *series,
                  size_t count);
 
-/* The raw results, as JSON: open, one call a workload, close. A NULL path: nothing is written. */
+/* One line a size instead, as nccl-tests and the OSU benchmarks print them; the first call prints the header, too. */
+void bench_print_size(const bench_options *opt, const bench_workload *work, const bench_series *series, size_t count);
+
+/* What a rank's memory was used for, by the library's own counters and by the kernel's (KiB in /proc). */
+typedef struct {
+  uint64_t staging_peak, buffer_peak;       /* rsb_stats: staging_bytes_peak, buffer_bytes_peak */
+  uint64_t staging_resident, private_growth; /* /proc/self/smaps: shared with peers; private, beyond inputs and outputs */
+} bench_memory;
+
+/* Reads the two that /proc knows; private_growth is all private memory of the process. */
+bench_memory bench_memory_now(void);
+
+/* The raw results, as JSON: open, one call a workload, close. A NULL path: nothing is written. memory: may be NULL. */
 void bench_json_open(const bench_options *opt, const char *program, const char *version, const char *mode);
-void bench_json_add(const bench_workload *work, const bench_series *series, size_t count);
+void bench_json_add(const bench_workload *work, const bench_series *series, size_t count, const bench_memory *memory);
 void bench_json_close(void);
 
 #endif

@@ -44,19 +44,19 @@ static void pack_row(bench_rank *me, walk w, uint64_t slot, int row) {
   }
 }
 
-static void sum_own_row(bench_rank *me, walk w, uint64_t slot, bool own_from_input) {
-  size_t size = bench_dtype_size(me->opt->dtype), begin = w.at;
+static void sum_own_row(bench_rank *me, walk w, uint64_t slot, bool own_from_input, int last) {
+  size_t size = bench_dtype_size(me->opt->dtype), out_size = last == BENCH_SAME ? size : sizeof(float), begin = w.at;
   const void *from[me->group->ranks];
   for (size_t within, count; (count = next_part(&w, &within)) > 0; w.at += count) {
     for (int rank = 0; rank < me->group->ranks; rank++) {
       from[rank] = bench_staging(me, rank, slot, me->rank) + (w.at - begin) * size;
     }
     if (own_from_input) from[me->rank] = input_of(me, me->in, w.tensor, me->rank, within);
-    bench_sum(me->opt->dtype, me->out + w.at * size, from, me->group->ranks, count);
+    bench_sum(me->opt->dtype, last, me->out + w.at * out_size, from, me->group->ranks, count);
   }
 }
 
-static void staged(bench_rank *me, bool own_from_input) {
+static void staged(bench_rank *me, bool own_from_input, int last) {
   size_t piece = me->opt->piece_bytes / bench_dtype_size(me->opt->dtype), end = me->work->out_numel;
   const bench_tensor *tensor = me->work->tensors;
   for (size_t at = 0; at < end; at += piece) {
@@ -67,16 +67,24 @@ static void staged(bench_rank *me, bool own_from_input) {
       if (row != me->rank || !own_from_input) pack_row(me, w, slot, row);
     }
     bench_barrier(me);
-    sum_own_row(me, w, slot, own_from_input);
+    sum_own_row(me, w, slot, own_from_input, last);
   }
 }
 
 void bench_floor_staged(bench_rank *me) {
-  for (int call = 0; call < me->work->calls; call++) staged(me, false);
+  for (int call = 0; call < me->work->calls; call++) staged(me, false, BENCH_SAME);
+}
+
+void bench_floor_staged_wide(bench_rank *me) {
+  for (int call = 0; call < me->work->calls; call++) staged(me, false, BENCH_WIDE);
+}
+
+void bench_floor_staged_added(bench_rank *me) {
+  for (int call = 0; call < me->work->calls; call++) staged(me, false, BENCH_ADDED);
 }
 
 void bench_floor_own_row(bench_rank *me) {
-  for (int call = 0; call < me->work->calls; call++) staged(me, true);
+  for (int call = 0; call < me->work->calls; call++) staged(me, true, BENCH_SAME);
 }
 
 void bench_floor_in_place(bench_rank *me) {
@@ -89,7 +97,7 @@ void bench_floor_in_place(bench_rank *me) {
       for (int rank = 0; rank < me->group->ranks; rank++) {
         from[rank] = input_of(me, me->readable[rank], tensor, me->rank, 0);
       }
-      bench_sum(me->opt->dtype, me->out + tensor->out * size, from, me->group->ranks, tensor->shard);
+      bench_sum(me->opt->dtype, BENCH_SAME, me->out + tensor->out * size, from, me->group->ranks, tensor->shard);
     }
     /* Inputs may change after a call. */
     bench_barrier(me);

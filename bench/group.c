@@ -32,7 +32,8 @@ static size_t lay_out(bench_group *group, char *base, size_t samples, size_t wor
   size_t at = 0, ranks = (size_t)group->ranks;
   group->lines = (bench_line *)take(&at, base, ranks * sizeof(bench_line));
   group->samples = (bench_sample *)take(&at, base, samples * sizeof(bench_sample));
-  group->notes = (char (*)[BENCH_NOTE])take(&at, base, workloads * 4 * BENCH_NOTE);
+  group->notes = (char (*)[BENCH_NOTE])take(&at, base, workloads * BENCH_NOTES * BENCH_NOTE);
+  group->memories = (bench_memory *)take(&at, base, workloads * sizeof(bench_memory));
   group->staging = take(&at, base, ranks * group->staging_stride);
   group->inputs = take(&at, base, ranks * group->input_stride);
   return at;

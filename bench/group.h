@@ -12,7 +12,8 @@ typedef struct {
   _Alignas(128) _Atomic uint64_t reached;
 } bench_line;
 
-enum { BENCH_NOTE = 160 };
+/* Notes of a workload, one a form of the library's calls, and how long each may be. */
+enum { BENCH_NOTES = 6, BENCH_NOTE = 160 };
 
 /* Made before the ranks start. What it points to is shared by them, in threads and in processes. */
 typedef struct {
@@ -25,7 +26,8 @@ typedef struct {
   char *inputs;
   bench_line *lines;
   bench_sample *samples;
-  char (*notes)[BENCH_NOTE]; /* four lines a workload, which rank 0 may fill for the report */
+  char (*notes)[BENCH_NOTE]; /* BENCH_NOTES a workload, which rank 0 may fill for the report */
+  bench_memory *memories;    /* one a workload, by rank 0 */
 } bench_group;
 
 /* One rank. */
@@ -36,6 +38,7 @@ typedef struct bench_rank {
   uint64_t barriers, pieces; /* counted since the start */
   const bench_workload *work;
   char *in, *out;              /* arenas, this rank's own memory */
+  size_t out_bytes;
   const void **shards;         /* where the last pass left the shard of each tensor */
   const char **readable;       /* the inputs of every rank, as all can read them */
   void *library;               /* state of the library's pass */
@@ -61,7 +64,11 @@ static inline char *bench_staging(const bench_rank *me, int rank, uint64_t slot,
 /* Every rank copies all rows into the staging, piece by piece, and sums its own row from there. */
 void bench_floor_staged(bench_rank *me);
 
-/* The same, but a rank's own row is read from its input. */
+/* The same with another last step: the sum written as f32; the average added to f32. */
+void bench_floor_staged_wide(bench_rank *me);
+void bench_floor_staged_added(bench_rank *me);
+
+/* As the first, but a rank's own row is read from its input. */
 void bench_floor_own_row(bench_rank *me);
 
 /* No copies: all ranks can read all inputs, and each sums its own shards. */

@@ -97,7 +97,8 @@ static void checked_pass(const state *s, int way, int round) {
   bench_fill_inputs(s->opt, s->work, s->in, s->rank, round);
   memset(s->out, 0x5a, s->work->out_numel * size);
   ways[way].pass(s);
-  bench_check_outputs(s->opt, s->work, shards, s->rank, round, ways[way].label);
+  const bench_expected expected = {s->opt->dtype, s->opt->op, false};
+  bench_check_outputs(s->opt, s->work, &expected, shards, s->rank, round, ways[way].label);
   free(shards);
 }
 
@@ -165,7 +166,7 @@ static void run_workload(state *s) {
   }
   if (s->rank == 0) {
     bench_print(opt, s->work, "processes", series, WAYS);
-    bench_json_add(s->work, series, WAYS);
+    bench_json_add(s->work, series, WAYS, NULL);
   }
   free(s->in);
   free(s->out);

@@ -19,7 +19,7 @@ void bench_die(const char *format, ...) {
 }
 
 enum { RANKS = 256, THREADS, PROCESSES, DTYPE, OP, SIZES, SHAPES, FORWARD, WORKLOAD, BUCKET, STAGING, PIECE, BORROW,
-       OUTPUT, FORMS, NO_FLOORS, ROUNDS, ITERS, WARMUP, CHECK, JSON, HELP };
+       OUTPUT, FORMS, FUSED, COUNT, MEMORY, NO_FLOORS, ROUNDS, ITERS, WARMUP, CHECK, JSON, HELP };
 
 static const struct option options[] = {
     {"ranks", required_argument, NULL, RANKS},
@@ -37,6 +37,9 @@ static const struct option options[] = {
     {"borrow", no_argument, NULL, BORROW},
     {"output", no_argument, NULL, OUTPUT},
     {"forms", no_argument, NULL, FORMS},
+    {"fused", no_argument, NULL, FUSED},
+    {"count", required_argument, NULL, COUNT},
+    {"memory", no_argument, NULL, MEMORY},
     {"no-floors", no_argument, NULL, NO_FLOORS},
     {"rounds", required_argument, NULL, ROUNDS},
     {"iters", required_argument, NULL, ITERS},
@@ -63,7 +66,8 @@ static void print_help(const char *program) {
       "                        B  ResNet-50's 161 gradients, last one first\n"
       "                        C  one tensor of 256 MiB\n"
       "                        D  one op with a shard of 8 bytes and a flush; time a call\n"
-      "  --sizes LIST        instead: one tensor of each size, in bytes of a rank's input (K, M, G)\n"
+      "  --sizes LIST        instead: one tensor of each size, in bytes of a rank's input (K, M, G); one line a size\n"
+      "  --count N           with --sizes: N tensors of that size a flush (1)\n"
       "  --shapes FILE       instead: the tensors of a list (name, shape, numel), last one first\n"
       "  --forward           take a list of tensors, that of B too, from its first to its last\n"
       "\n"
@@ -72,6 +76,7 @@ static void print_help(const char *program) {
       "  --borrow            submit with RSB_SUBMIT_BORROW\n"
       "  --output            give the library the memory of the results; else it is the library's, and kept\n"
       "  --forms             time all four: plain, --output, --borrow, and both\n"
+      "  --fused             time, beside the plain sum: the sum as f32, and the average added to f32 (f32, f16, bf16)\n"
       "  --no-floors         leave the floors out\n"
       "  --piece-bytes N     the piece of a row that the floors stage at a time (256K)\n"
       "\n"
@@ -79,6 +84,7 @@ static void print_help(const char *program) {
       "  --iters N           timed passes of a turn (by size), after one that warms the caches\n"
       "  --warmup N          untimed passes before the first round (2)\n"
       "  --check             check the results of every pass, not of the first and last only\n"
+      "  --memory            say what memory rank 0 used, by rsb_stats and by /proc (processes, one form)\n"
       "  --json FILE         write every timed pass there\n"
       "  --help              this\n",
       program);
@@ -107,7 +113,7 @@ static int choice(const char *text, const char *name, const char *(*name_of)(int
 
 bench_options bench_parse(int argc, char **argv, const char *program) {
   bench_options opt = {.ranks = 2, .workloads = "A,B,C,D", .piece_bytes = 256 << 10, .rounds = 10, .warmup = 2,
-                       .floors = true};
+                       .count = 1, .floors = true};
   const long long most = 1LL << 32; /* times G, it still fits */
   for (int option, at; (option = getopt_long(argc, argv, "", options, &at)) != -1;) {
     switch (option) {
@@ -126,6 +132,9 @@ bench_options bench_parse(int argc, char **argv, const char *program) {
       case BORROW: opt.borrow = true; break;
       case OUTPUT: opt.output = true; break;
       case FORMS: opt.forms = true; break;
+      case FUSED: opt.fused = true; break;
+      case COUNT: opt.count = (int)number(optarg, "count", 1, 1000000); break;
+      case MEMORY: opt.memory = true; break;
       case NO_FLOORS: opt.floors = false; break;
       case ROUNDS: opt.rounds = (int)number(optarg, "rounds", 1, 100000); break;
       case ITERS: opt.iters = (int)number(optarg, "iters", 1, 100000); break;
@@ -139,5 +148,10 @@ bench_options bench_parse(int argc, char **argv, const char *program) {
   if (optind < argc) bench_die("%s: unexpected; see --help", argv[optind]);
   if (opt.op == BENCH_AVG && opt.dtype == BENCH_I32) bench_die("--op avg: expected a float dtype, not i32");
   if (opt.op == BENCH_PROD && opt.ranks > 15) bench_die("--op prod: expected at most 15 ranks, not %d", opt.ranks);
+  if (opt.fused && (opt.dtype > BENCH_BF16 || opt.op != BENCH_SUM || opt.forms || opt.borrow)) {
+    bench_die("--fused: expected f32, f16 or bf16, the default --op, and no other form");
+  }
+  if (opt.memory && (opt.threads || opt.forms || opt.fused)) bench_die("--memory: expected processes and one form");
+  if (opt.count > 1 && !opt.sizes) bench_die("--count: expected --sizes, too");
   return opt;
 }

@@ -1,4 +1,5 @@
 /* report.c: statistics of the timed passes, the table, and the JSON file with every one of them. */
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,6 +37,11 @@ bench_series bench_join(const char *key, const char *label, bool is_floor, int r
     series.cpu_ms[pass] = (double)cpu / 1e6;
   }
   return series;
+}
+
+void bench_free(bench_series *series) {
+  free(series->ms);
+  free(series->cpu_ms);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -98,6 +104,38 @@ void bench_print(const bench_options *opt, const bench_workload *work, const cha
   fflush(stdout);
 }
 
+void bench_print_size(const bench_options *opt, const bench_workload *work, const bench_series *series, size_t count) {
+  static bool begun;
+  if (!begun) {
+    printf("#%11s %12s %5s %5s %12s %12s %9s %12s", "size", "count", "type", "redop", "time", "fastest", "in",
+           "CPU, all");
+    for (size_t f = 0; f < count; f++) {
+      if (series[f].is_floor) printf(" %9s", series[f].key);
+    }
+    printf("  form\n#%11s %12s %5s %5s %12s %12s %9s %12s", "(B)", "(elements)", "", "", "(us)", "(us)", "(GB/s)",
+           "(us)");
+    for (size_t f = 0; f < count; f++) {
+      if (series[f].is_floor) printf(" %9s", "(x)");
+    }
+    printf("\n");
+    begun = true;
+  }
+  for (size_t i = 0; i < count; i++) {
+    const bench_series *s = &series[i];
+    if (s->is_floor) continue;
+    int passes = s->rounds * s->iters;
+    double unit = 1e3 / work->calls, middle = median(s->ms, passes);
+    printf("%12zu %12zu %5s %5s %12.3f %12.3f %9.3g %12.3f", work->bytes / work->count, work->tensors[0].numel,
+           bench_dtype_name(opt->dtype), bench_op_name(opt->op), middle * unit, extreme(s->ms, passes, -1) * unit,
+           (double)work->bytes * work->calls / middle / 1e6, median(s->cpu_ms, passes) * unit);
+    for (size_t f = 0; f < count; f++) {
+      if (series[f].is_floor) printf(" %9.2f", ratio(s, &series[f]));
+    }
+    printf("  %s\n", s->label);
+  }
+  fflush(stdout);
+}
+
 /* ---- JSON ------------------------------------------------------------------------------------ */
 
 static FILE *json;
@@ -123,9 +161,9 @@ void bench_json_open(const bench_options *opt, const char *program, const char *
   json_text(version);
   fprintf(json,
           ", \"mode\": \"%s\", \"ranks\": %d, \"dtype\": \"%s\", \"op\": \"%s\", \"bucket_bytes\": %lld,"
-          " \"staging_bytes\": %zu, \"piece_bytes\": %zu, \"results\": [",
+          " \"staging_bytes\": %zu, \"piece_bytes\": %zu, \"count\": %d, \"results\": [",
           mode, opt->ranks, bench_dtype_name(opt->dtype), bench_op_name(opt->op), opt->bucket_bytes,
-          opt->staging_bytes, opt->piece_bytes);
+          opt->staging_bytes, opt->piece_bytes, opt->count);
 }
 
 static void json_numbers(const char *name, const double *values, int count) {
@@ -134,7 +172,14 @@ static void json_numbers(const char *name, const double *values, int count) {
   fputc(']', json);
 }
 
-void bench_json_add(const bench_workload *work, const bench_series *series, size_t count) {
+static void json_memory(const bench_memory *memory) {
+  fprintf(json,
+          ", \"memory\": {\"staging_bytes_peak\": %" PRIu64 ", \"staging_resident\": %" PRIu64
+          ", \"buffer_bytes_peak\": %" PRIu64 ", \"private_growth\": %" PRIu64 "}",
+          memory->staging_peak, memory->staging_resident, memory->buffer_peak, memory->private_growth);
+}
+
+void bench_json_add(const bench_workload *work, const bench_series *series, size_t count, const bench_memory *memory) {
   for (size_t i = 0; json && i < count; i++) {
     const bench_series *s = &series[i];
     fprintf(json, "%s\n{\"workload\": \"%s\", \"what\": ", json_first ? "" : ",", work->name);
@@ -147,6 +192,7 @@ void bench_json_add(const bench_workload *work, const bench_series *series, size
             s->iters);
     json_numbers("pass_ms", s->ms, s->rounds * s->iters);
     json_numbers("cpu_ms", s->cpu_ms, s->rounds * s->iters);
+    if (memory && !s->is_floor) json_memory(memory);
     fputc('}', json);
   }
 }

@@ -89,8 +89,19 @@ static void expect(double *want, const uint32_t *seeds, int dtype, int op, int r
   }
 }
 
-size_t bench_check(const void *got, int dtype, int op, int ranks, size_t tensor, size_t first, size_t numel,
-                   size_t valid, int round) {
+static float before_at(size_t index) {
+  return (float)(index % 61);
+}
+
+void bench_fill_before(float *to, size_t numel) {
+  for (size_t i = 0; i < numel; i++) to[i] = before_at(i);
+}
+
+/* Checks `numel` results of a tensor: they begin at its element `first`, `valid` of them are no padding, and they lie at
+ * `place` of the outputs. The index of the first wrong one, or numel. */
+static size_t check(const void *got, const bench_expected *expected, int ranks, size_t tensor, size_t first,
+                    size_t numel, size_t valid, size_t place, int round) {
+  int dtype = expected->dtype, op = expected->op;
   uint32_t seeds[ranks];
   double want[BLOCK];
   for (int rank = 0; rank < ranks; rank++) seeds[rank] = seed_of(rank, tensor, round);
@@ -99,6 +110,7 @@ size_t bench_check(const void *got, int dtype, int op, int ranks, size_t tensor,
     size_t filled = at >= valid ? 0 : valid - at < count ? valid - at : count;
     expect(want, seeds, dtype, op, ranks, first + at, filled);
     for (size_t i = filled; i < count; i++) want[i] = 0;
+    for (size_t i = 0; expected->added && i < count; i++) want[i] += before_at(place + at + i);
 #define CHECK(name, type, convert)                                            \
   case name:                                                                  \
     for (size_t i = 0; i < count; i++) {                                      \
@@ -120,14 +132,14 @@ void bench_fill_inputs(const bench_options *opt, const bench_workload *work, voi
   }
 }
 
-void bench_check_outputs(const bench_options *opt, const bench_workload *work, const void *const *shards, int rank,
-                         int round, const char *who) {
+void bench_check_outputs(const bench_options *opt, const bench_workload *work, const bench_expected *expected,
+                         const void *const *shards, int rank, int round, const char *who) {
   for (size_t t = 0; t < work->count; t++) {
     const bench_tensor *tensor = &work->tensors[t];
     size_t first = tensor->shard * (size_t)rank;
     size_t left = tensor->numel > first ? tensor->numel - first : 0;
-    size_t wrong = bench_check(shards[t], opt->dtype, opt->op, opt->ranks, t, first, tensor->shard,
-                               left < tensor->shard ? left : tensor->shard, round);
+    size_t wrong = check(shards[t], expected, opt->ranks, t, first, tensor->shard,
+                         left < tensor->shard ? left : tensor->shard, tensor->out, round);
     if (wrong < tensor->shard) {
       bench_die("%s, workload %s: rank %d's shard of tensor %zu is wrong at element %zu of %zu", who, work->name, rank,
                 t, wrong, tensor->shard);

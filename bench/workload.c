@@ -88,10 +88,10 @@ static void make_size(bench_workload *work, const bench_options *opt, const char
   if (bytes < bench_dtype_size(opt->dtype) || (*end != ',' && *end && !suffix) || width >= sizeof work->name) {
     bench_die("--sizes %s: expected bytes, with commas between", text);
   }
-  *work = (bench_workload){.calls = calls_for(opt, bytes)};
+  *work = (bench_workload){.calls = calls_for(opt, bytes * (size_t)opt->count)};
   memcpy(work->name, text, width);
-  snprintf(work->what, sizeof work->what, "one tensor");
-  add_tensor(work, opt, bytes / bench_dtype_size(opt->dtype));
+  snprintf(work->what, sizeof work->what, "%d tensor%s", opt->count, opt->count > 1 ? "s" : "");
+  for (int i = 0; i < opt->count; i++) add_tensor(work, opt, bytes / bench_dtype_size(opt->dtype));
 }
 
 bench_workload *bench_workloads(const bench_options *opt, size_t *count) {
