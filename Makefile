@@ -10,7 +10,7 @@ CC    ?= cc
 JOBS  ?= 2
 RANKS ?= 4
 
-.PHONY: demo lib test lint rust c sanitize tsan models models-slice bench header clean
+.PHONY: demo lib test lint rust c sanitize tsan models models-slice bench bench-torch header clean
 
 demo: target/demo/train_digits
 	target/demo/train_digits --ranks $(RANKS) --data data/digits.csv
@@ -65,9 +65,13 @@ models models-slice:
 	RUSTFLAGS="--cfg loom" $(MODEL_TEST) --target-dir target/loom -- --nocapture ring::model
 	RUSTFLAGS="--cfg shuttle" $(MODEL_TEST) --target-dir target/shuttle -- --nocapture ring::model
 
-# The library beside MPICH and Open MPI and the memory floors: one table (about 4 minutes; bench/run --help).
+# The library beside MPICH, Open MPI and the memory floors: one table (about 10 minutes; bench/README.md).
 bench:
 	bench/run
+
+# The same with the original's algorithm on PyTorch's gloo, which takes 6 GB under target/ (about 5 minutes).
+bench-torch:
+	bench/run --torch
 
 lint:
 	$(CARGO) fmt --check
