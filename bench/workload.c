@@ -1,4 +1,5 @@
 /* workload.c: what is reduced: the workloads A to D, a sweep over sizes, or a list of tensors from a file. */
+#define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,8 +7,12 @@
 
 #include "bench.h"
 
+/* Where the lists of shapes are in the source tree, and, seen from the installed program, beside it. */
 #ifndef BENCH_SHAPES
 #define BENCH_SHAPES "bench/shapes"
+#endif
+#ifndef BENCH_SHAPES_INSTALLED
+#define BENCH_SHAPES_INSTALLED "../share/rsbucket/shapes"
 #endif
 
 static void *grown(void *memory, size_t bytes) {
@@ -46,6 +51,22 @@ static void add_file(bench_workload *work, const bench_options *opt, const char 
   free(numels);
 }
 
+/* A list that comes with the benchmark. */
+static void add_own_file(bench_workload *work, const bench_options *opt, const char *name) {
+  char path[4096 + 256];
+  ssize_t length = readlink("/proc/self/exe", path, 4096);
+  char *slash = length > 0 ? memrchr(path, '/', (size_t)length) : NULL;
+  if (slash) {
+    snprintf(slash + 1, 256, "%s/%s", BENCH_SHAPES_INSTALLED, name);
+    if (access(path, R_OK) == 0) {
+      add_file(work, opt, path);
+      return;
+    }
+  }
+  snprintf(path, sizeof path, "%s/%s", BENCH_SHAPES, name);
+  add_file(work, opt, path);
+}
+
 /* Calls a pass, so that a pass of tiny ops is long enough to time; fewer where each needs the scheduler. */
 static int calls_for(const bench_options *opt, size_t bytes) {
   size_t most = opt->ranks > sysconf(_SC_NPROCESSORS_ONLN) ? 100 : 1000, calls = (1 << 20) / (bytes + 1);
@@ -63,7 +84,7 @@ static void make(bench_workload *work, const bench_options *opt, char letter) {
       break;
     case 'B':
       snprintf(work->what, sizeof work->what, "ResNet-50's 161 gradients");
-      add_file(work, opt, BENCH_SHAPES "/resnet50.tsv");
+      add_own_file(work, opt, "resnet50.tsv");
       break;
     case 'C':
       snprintf(work->what, sizeof work->what, "one tensor");
