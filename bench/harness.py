@@ -2,6 +2,7 @@
 and describing the machine."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "performance.md"
 COMMON = ["options", "values", "workload", "report"]
 PERF = ["rsb_perf", "group", "floors", "kernels", "memory", *COMMON]
 PACKAGES = {"mpich": ["mpich", "libmpich-dev"], "openmpi": ["openmpi-bin", "libopenmpi-dev"]}
@@ -119,6 +121,46 @@ def share_of_others(before):
     return round(max(0.0, used - own) / whole, 3)
 
 
+# ---- Instructions ------------------------------------------------------------------------------------------------
+
+
+def by_perf(command, env):
+    done = subprocess.run(["perf", "stat", "-x,", "-e", "instructions:u", *command], capture_output=True, text=True,
+                          env=env)
+    found = re.search(r"^(\d+),[^,]*,instructions", done.stderr, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def by_callgrind(command, env):
+    """Copies go by vector instructions: of `rep movsb`, callgrind would count each byte."""
+    env = dict(env or os.environ, GLIBC_TUNABLES="glibc.cpu.x86_rep_movsb_threshold=1000000000")
+    done = subprocess.run(["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", "--fair-sched=yes",
+                           *command], capture_output=True, text=True, env=env)
+    found = re.search(r"Collected : (\d+)", done.stderr)
+    return int(found[1]) if found else None
+
+
+def instruction_counter():
+    """(Name, function) of the way to count a command's instructions that this machine has; or (None, None)."""
+    for name, program, function in (("perf stat", "perf", by_perf), ("callgrind", "valgrind", by_callgrind)):
+        if shutil.which(program) and function(["true"], None):
+            return name, function
+    return None, None
+
+
+def instructions_an_op(count, perf, ranks, size, ops, env=None):
+    """Instructions an op and rank of `ops` tensors a flush, waiting included; the start-up taken off by a difference."""
+    seen, calls = [], 1
+    for iters in (1, 5):
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "result.json"
+            seen.append(count([str(word) for word in [
+                perf, "--ranks", ranks, "--threads", "--sizes", size, "--count", ops, "--output", "--no-floors",
+                "--rounds", 1, "--warmup", 0, "--iters", iters, "--json", path]], env))
+            calls = json.loads(path.read_text())["results"][0]["calls"]
+    return (seen[1] - seen[0]) / (4 * ops * ranks * calls) if all(seen) else None
+
+
 # ---- The machine -------------------------------------------------------------------------------------------------
 
 
@@ -165,3 +207,14 @@ def write_json(path, document, lists):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(",\n".join(parts) + "\n}\n")
     print(f"written: {os.path.relpath(path)}")
+
+
+def write_block(name, text):
+    """Puts text between the marks of that name in docs/performance.md."""
+    begin, end = f"<!-- {name}: begin, written by bench/{Path(sys.argv[0]).name} --record -->", f"<!-- {name}: end -->"
+    page = PAGE.read_text()
+    if begin not in page or end not in page:
+        sys.exit(f"{PAGE.name}: expected lines '{begin}' and '{end}'")
+    PAGE.write_text(re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: f"{begin}\n\n{text}\n\n{end}", page,
+                           flags=re.DOTALL))
+    print(f"written: {os.path.relpath(PAGE)}")
