@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use kernel::{Avx2, Avx512};
 
 /// Finds the kernel of one instruction set for (input, operation, output).
-type Table = fn(DType, Op, DType) -> Option<Kernel>;
+pub type Table = fn(DType, Op, DType) -> Option<Kernel>;
 
 /// The reductions of one type and operation, one after the other. While it lives this thread computes
 /// in the default float environment.
@@ -41,7 +41,7 @@ impl Reduction {
     }
 
     /// Reductions with the kernels of one instruction set of this CPU.
-    fn with(table: Table, dtype: DType, op: Op, ranks: u32) -> Reduction {
+    pub fn with(table: Table, dtype: DType, op: Op, ranks: u32) -> Reduction {
         let (mut divisor, mut factor) = (1.0, 1.0);
         if op == Op::Avg {
             // The inverse of a power of two is exact, so multiplying rounds as dividing does, sooner.
@@ -120,7 +120,7 @@ fn chosen() -> Table {
 }
 
 /// The instruction sets of this CPU, the best one last.
-fn tables() -> Vec<(&'static str, Table)> {
+pub fn tables() -> Vec<(&'static str, Table)> {
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
     let mut tables: Vec<(_, Table)> = vec![("portable", table::<Portable>)];
     #[cfg(target_arch = "x86_64")]
