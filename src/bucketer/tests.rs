@@ -179,8 +179,8 @@ impl Rank<'_> {
             Some(Err(e)) => return self.trouble.push(format!("submit {op}: {e}")),
             None => {}
         }
-        // SAFETY: as above.
         let comm = self.comm.clone();
+        // SAFETY: as above.
         let turn = unsafe { self.bucketer.submit(&comm, &ask) };
         match self.drive(turn) {
             Ok(ticket) => self.tickets[op] = ticket,
