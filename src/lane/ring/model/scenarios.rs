@@ -79,16 +79,14 @@ pub fn death(size: u32, ops: &[Ask], slots: usize, mortal: (u32, u32)) -> bool {
     let memory = Memory::new(size, slots, slots.next_power_of_two());
     let (_rings, stories) = join(start(&memory, size, ops, Some(mortal)));
     let died = stories[mortal.0 as usize].is_none();
-    for error in agree(&stories)
-        .ops
-        .iter()
-        .filter_map(|op| op.as_ref().err())
-    {
-        assert!(died);
-        assert_eq!(
-            (error.status, error.peer),
-            (Status::PeerLost, mortal.0 as i32)
-        );
+    let story = agree(&stories);
+    // What it had published counts, and no more.
+    let end = memory.end(mortal.0);
+    let published = (0..story.reduced + 2).filter(|&seq| end.is_published(mortal.0, seq));
+    assert_eq!(published.last().map_or(0, |seq| seq + 1), story.reduced);
+    for error in story.ops.iter().filter_map(|op| op.as_ref().err()) {
+        let seen = (died, error.status, error.peer);
+        assert_eq!(seen, (true, Status::PeerLost, mortal.0 as i32));
     }
     died
 }
