@@ -106,6 +106,7 @@ impl Memory {
                 rank,
                 self.layout,
                 self.bases.clone(),
+                false,
                 &self.word,
                 Box::new(commit),
                 Box::new(self.clone()),
@@ -157,7 +158,7 @@ fn line() -> Line {
         lo: word(),
         hi: word(),
         calls: word(),
-        slot: word(),
+        place: word(),
     }
 }
 
