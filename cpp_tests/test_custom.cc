@@ -22,6 +22,9 @@ struct Mix {
   FakeEngine::Order order;
 };
 
+/// GoogleTest would print the bytes, padding included.
+void PrintTo(const Mix &mix, std::ostream *out) { *out << mix.name; }
+
 class Mixes : public ::testing::TestWithParam<Mix> {
  protected:
   FakeEngine::Options options() const {
@@ -240,6 +243,8 @@ struct Failure {
   bool describe;
   uint64_t flags;
 };
+
+void PrintTo(const Failure &failure, std::ostream *out) { *out << failure.name; }
 
 class Failures : public ::testing::TestWithParam<Failure> {
  protected:

@@ -16,6 +16,13 @@ using namespace harness;
 
 namespace {
 
+/// AddressSanitizer's own locks may be taken when another thread forks; then its child hangs in malloc.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kChildrenMayHang = true;
+#else
+constexpr bool kChildrenMayHang = false;
+#endif
+
 /// Runs `fn` in a forked child, which must end with 0; a child that hangs dies of its alarm.
 template <typename Fn>
 ::testing::AssertionResult child(const Fn &fn) {
@@ -87,6 +94,9 @@ int begin_anew(uint64_t seed) {
 
 /// First of all here: in a process that has not used the library, threads' first calls go on while it forks.
 TEST(Fork, AChildBeginsAnewWhileItsParentBegins) {
+  if (kChildrenMayHang) {
+    GTEST_SKIP() << "skipped: a fork beside other threads is not safe under AddressSanitizer";
+  }
   for (uint64_t n = 0; n < 50; ++n) {
     ASSERT_TRUE(child([&] {
       std::atomic<uint32_t> begun{0};
@@ -150,6 +160,9 @@ TEST(Fork, HandlesOfTheParentAreDeadInTheChild) {
 }
 
 TEST(Fork, AChildBeginsAnewWhateverOtherThreadsDo) {
+  if (kChildrenMayHang) {
+    GTEST_SKIP() << "skipped: a fork beside other threads is not safe under AddressSanitizer";
+  }
   std::atomic<bool> over{false};
   std::atomic<uint32_t> failed{0};
   const auto check = [&](bool right) { failed += right ? 0 : 1; };

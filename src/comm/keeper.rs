@@ -45,6 +45,8 @@ struct Head {
 /// The keeper of one process.
 struct Keeper {
     epoch: u32,
+    /// Its parent's, which is never freed: it may be locked.
+    _before: AtomicPtr<Keeper>,
     running: Mutex<Option<Running>>,
 }
 
@@ -72,6 +74,7 @@ fn keeper() -> &'static Keeper {
         }
         let fresh = Box::into_raw(Box::new(Keeper {
             epoch,
+            _before: AtomicPtr::new(seen),
             running: Mutex::new(None),
         }));
         let swap = CURRENT.compare_exchange(seen, fresh, Ordering::AcqRel, Ordering::Acquire);
