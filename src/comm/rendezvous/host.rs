@@ -315,7 +315,9 @@ impl<'a> Host<'a> {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return false,
             Err(e) if ended(&e) => {
                 let text = format!("job {name}: rank {rank} was lost before all had joined");
-                Error::new(Status::PeerLost, text).blame(rank as u32)
+                let error = Error::new(Status::PeerLost, text).blame(rank as u32);
+                // It may have left for a rank that is known to be gone, and was faster to see it.
+                self.join.lost().unwrap_or(error)
             }
             Err(e) => self.failed(&format!("listening to rank {rank}"), &e),
         };
