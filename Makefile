@@ -10,11 +10,7 @@ CC    ?= cc
 JOBS  ?= 2
 RANKS ?= 4
 
-<<<<<<< HEAD
 .PHONY: demo lib test lint rust c sanitize tsan models models-slice memcheck bench bench-torch header clean
-=======
-.PHONY: demo lib test lint rust c sanitize tsan memcheck bench header clean
->>>>>>> ca3eb0e (Add make memcheck; keep a parent's keeper reachable in its children)
 
 demo: target/demo/train_digits
 	target/demo/train_digits --ranks $(RANKS) --data data/digits.csv
@@ -59,7 +55,6 @@ tsan:
 	    --target $(TSAN_TARGET) --target-dir target/tsan --lib -- bucketer:: handle:: memory::; \
 	else echo "tsan: skipped, no nightly toolchain with rust-src"; fi
 
-<<<<<<< HEAD
 # The group protocol under two model checkers: loom in every order that it is given time for, shuttle at
 # four ranks in random ones. `models-slice` is what CI runs, `models` goes further; tools/mutate_models
 # proves that they bite. Results: docs/results/models.md.
@@ -70,8 +65,6 @@ models models-slice:
 	RUSTFLAGS="--cfg loom" $(MODEL_TEST) --target-dir target/loom -- --nocapture ring::model
 	RUSTFLAGS="--cfg shuttle" $(MODEL_TEST) --target-dir target/shuttle -- --nocapture ring::model
 
-# The library beside MPICH, Open MPI and the memory floors: one table (about 10 minutes; bench/README.md).
-=======
 # A choice of the C and C++ programs under valgrind, Rust code included (about a minute of CPU time).
 MEMCHECK := test_status test_handles test_hooks test_callbacks test_comm
 memcheck:
@@ -82,8 +75,7 @@ memcheck:
 	  build/c_examples/02_processes build/c_examples/03_custom_engine \
 	  "build/c_examples/04_dlopen target/release/librsbucket.so"
 
-# The library beside MPICH and Open MPI and the memory floors: one table (about 4 minutes; bench/run --help).
->>>>>>> ca3eb0e (Add make memcheck; keep a parent's keeper reachable in its children)
+# The library beside MPICH, Open MPI and the memory floors: one table (about 10 minutes; bench/README.md).
 bench:
 	bench/run
 
