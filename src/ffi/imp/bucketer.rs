@@ -16,6 +16,7 @@ use crate::ffi::{
     rsb_allocator, rsb_bucketer, rsb_comm, rsb_config, rsb_error, rsb_result, rsb_shard, rsb_stats,
     rsb_status, rsb_submit_args, rsb_ticket,
 };
+use crate::fork;
 use crate::handle::{Pinned, Table};
 use crate::memory::{self, Allocator, Pool, System, ALIGN};
 
@@ -165,9 +166,17 @@ struct Running<'a> {
     turn: Turn<'a, Callback>,
     out_ticket: *mut rsb_ticket,
     over: bool,
+    /// The process in which the call began.
+    process: u32,
 }
 
 impl Running<'_> {
+    /// Whether a callback has forked, and this is the child: of the comm's memory nothing is mapped
+    /// here, and all locks are the parent's.
+    fn is_forked(&self) -> bool {
+        fork::epoch() != self.process
+    }
+
     /// # Safety
     /// `out_ticket` is NULL or may be written.
     unsafe fn tell_ticket(&self) {
@@ -180,7 +189,7 @@ impl Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        if !self.over {
+        if !self.over && !self.is_forked() {
             // A C++ exception is passing.
             let _ = guarded(|| {
                 // SAFETY: the call that is ending was given what rule 6 asks for.
@@ -206,11 +215,18 @@ unsafe fn drive(
         turn,
         out_ticket,
         over: false,
+        process: fork::epoch(),
     };
     loop {
         while let Some(done) = running.turn.hand_back() {
             // SAFETY: the callback came with its op.
             unsafe { call_back(&done) };
+            if running.is_forked() {
+                std::mem::forget(running);
+                let text = "this process was forked in a callback of this call, which ends here; \
+                            expected no return into its parent's calls";
+                return Err(Error::new(Status::Aborted, text));
+            }
         }
         // SAFETY: by the promise of this function.
         let more = guarded(|| Ok(unsafe { running.turn.look() }));
