@@ -143,7 +143,7 @@ fn mirror(memory: &Memory, us: usize, lies: &[Lie], over: &AtomicBool) {
                 (&theirs.lo, &ours.lo),
                 (&theirs.hi, &ours.hi),
                 (&theirs.calls, &ours.calls),
-                (&theirs.slot, &ours.slot),
+                (&theirs.place, &ours.place),
             ];
             for (to, from) in words {
                 to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -213,7 +213,7 @@ pub fn run(data: &[u8]) {
     let group = unsafe {
         let commit = Box::new(|_, _| Ok(()));
         let keep = Box::new(memory.clone());
-        Group::new(us as u32, layout, bases, &memory.word, commit, keep)
+        Group::new(us as u32, layout, bases, false, &memory.word, commit, keep)
     };
     let origin = Origin::Shm {
         name: "fuzz".into(),

@@ -112,12 +112,7 @@ impl Packet {
             5 | 6 => Some(Message::Memory {
                 first: input.pick(&[0, 0, 1, 2, 3, u32::MAX]),
             }),
-            7 => Some(Message::Fail(Error {
-                status: input.pick(&Status::ALL[2..]),
-                native: i32::from(input.byte()),
-                peer: i32::from(input.byte()) - 2,
-                message: "stranger\0\u{fffd}".repeat(input.below(40)),
-            })),
+            7 => Some(Message::Fail(failure(input))),
             _ => None,
         };
         let mut bytes = message.map_or_else(|| input.bytes(40).to_vec(), |m| m.encode());
@@ -154,6 +149,15 @@ impl Packet {
             _ => false,
         }
     }
+}
+
+fn failure(input: &mut Input) -> Error {
+    let status = input.pick(&Status::ALL[2..]);
+    let (native, peer) = (i32::from(input.byte()), i32::from(input.byte()) - 2);
+    let text = "stranger\0\u{fffd}".repeat(input.below(40));
+    let mut error = Error::new(status, text).native(native);
+    error.peer = peer;
+    error
 }
 
 fn hello(input: &mut Input) -> Hello {
