@@ -197,7 +197,7 @@ fn common(input: &mut Input) -> Op {
     };
     Op {
         flat: false,
-        numel: input.pick(&[1, 0, 2, 3, 7, 16, 33, 100, 700, 4000]),
+        numel: input.pick(&[1, 0, 2, 3, 7, 16, 33, 100, 700, 9000]),
         dtype,
         output_dtype: 0,
         op: input.pick(ops),
