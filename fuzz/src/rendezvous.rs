@@ -60,6 +60,7 @@ fn rank(rank: u32, size: u32, patience: Duration) -> Join<'static> {
         own_bytes: OWN,
         own_committed: 0,
         group_bytes: GROUP,
+        lost: None,
     }
 }
 
@@ -253,7 +254,7 @@ fn judge(outcome: &Outcome) {
 
 /// Says everything in the script to rank 0, as long as it is there.
 fn intrude(script: &[Packet], over: &AtomicBool) {
-    let path = run_dir().join(file_of(NAME));
+    let path = run_dir().join(file_of(NAME).unwrap());
     let mut sockets: [Option<Socket>; 4] = Default::default();
     for packet in script {
         while sockets[packet.on].is_none() {
@@ -285,7 +286,7 @@ fn false_host(input: &mut Input) {
     let before = open_files();
     let size = 2 + input.below(2) as u32;
     let script = script(input);
-    let path = run_dir().join(file_of(NAME));
+    let path = run_dir().join(file_of(NAME).unwrap());
     let listener = Socket::listen(&path).unwrap();
     let outcome = std::thread::scope(|scope| {
         let guest = scope.spawn(move || join(&rank(1, size, Duration::from_millis(5))));
