@@ -16,17 +16,18 @@ use std::time::Duration;
 use rsbucket::comm::control::{CallRecord, Head, Layout, Line, CALLS};
 use rsbucket::comm::group::Group;
 use rsbucket::comm::shrink::Origin;
+use rsbucket::comm::word::Verdict;
 use rsbucket::ffi::*;
 use rsbucket::lane::{Endpoint, Options};
 
 use crate::input::Input;
 use crate::rules::{full, listen, run_dir, told, STICKY};
 
-/// The memory of all ranks, and the group word.
+/// The memory of all ranks, and what all of them may write.
 struct Memory {
     layout: Layout,
     ranks: Vec<*mut u8>,
-    word: AtomicU64,
+    verdict: Verdict,
 }
 
 // SAFETY: peers' memory is used through atomics alone; our rank's is the library's.
@@ -45,7 +46,7 @@ impl Memory {
         Memory {
             layout,
             ranks: (0..size).map(rank).collect(),
-            word: AtomicU64::new(0),
+            verdict: Verdict::new(),
         }
     }
 
@@ -65,10 +66,15 @@ impl Memory {
         }
     }
 
-    /// Word `at` of a rank's control memory, or the group word.
+    /// Word `at` of a rank's control memory, or of what all may write.
     fn spot(&self, rank: usize, lie: &Lie) -> &AtomicU64 {
         let (start, bytes) = match lie.place {
-            0 => return &self.word,
+            0 if lie.at % 4 == 0 => {
+                let ended = std::ptr::from_ref(&self.verdict.ended).cast();
+                // SAFETY: the flag has a cache line of its own, all of it ours.
+                return unsafe { &*ended };
+            }
+            0 => return &self.verdict.word.0,
             1 => (0, size_of::<Head>()),
             2 => (self.layout.lines_at, self.layout.lines * size_of::<Line>()),
             _ => (self.layout.calls_at, CALLS * size_of::<CallRecord>()),
@@ -213,7 +219,15 @@ pub fn run(data: &[u8]) {
     let group = unsafe {
         let commit = Box::new(|_, _| Ok(()));
         let keep = Box::new(memory.clone());
-        Group::new(us as u32, layout, bases, false, &memory.word, commit, keep)
+        Group::new(
+            us as u32,
+            layout,
+            bases,
+            false,
+            &memory.verdict,
+            commit,
+            keep,
+        )
     };
     let origin = Origin::Shm {
         name: "fuzz".into(),

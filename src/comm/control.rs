@@ -50,9 +50,12 @@ pub struct Detail {
     pub text: [AtomicU64; MESSAGE / 8],
 }
 
-/// What a rank publishes about one chunk, on one cache line. `ready` is `seq + 1` once the rest of
+/// Words of a line that take the rows of a very small chunk.
+pub const INLINE_WORDS: usize = if MODEL { 0 } else { 11 };
+
+/// What a rank publishes about one chunk, on two cache lines. `ready` is `seq + 1` once the rest of
 /// the line and the chunk's rows may be read.
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 pub struct Line {
     /// Sequence number plus one, stored last.
     pub ready: AtomicU64,
@@ -63,12 +66,16 @@ pub struct Line {
     /// Calls in the fingerprint.
     pub calls: AtomicU64,
     /// In which slot of its rank's staging the chunk lies, or, among threads, the address of what is lent;
-    /// `NOWHERE`: it has no bytes.
+    /// `INLINE`: in `rows`; `NOWHERE`: it has no bytes.
     pub place: AtomicU64,
+    /// The rows of a chunk that is small enough, so that whoever reads the line has them already.
+    pub rows: [AtomicU64; INLINE_WORDS],
 }
 
 /// Where a chunk without bytes lies.
 pub const NOWHERE: u64 = u64::MAX;
+/// Where a chunk lies whose rows are in its line.
+pub const INLINE: u64 = u64::MAX - 1;
 
 /// One recorded call: the words of [`crate::fingerprint::Call::words`].
 pub type CallRecord = [AtomicU64; 5];
@@ -102,7 +109,7 @@ impl Layout {
         // Twice the chunks, so that chunks without bytes seldom have to wait for a line.
         let lines = (geometry.chunks * 2).next_power_of_two().max(64);
         let page = |at: usize| at.div_ceil(4096) * 4096;
-        let lines_at = std::mem::size_of::<Head>();
+        let lines_at = size_of::<Head>().next_multiple_of(align_of::<Line>());
         let calls_at = lines_at + lines * std::mem::size_of::<Line>();
         let staging_at = page(calls_at + CALLS * std::mem::size_of::<CallRecord>());
         Ok(Layout {

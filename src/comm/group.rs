@@ -8,10 +8,12 @@
 use std::any::Any;
 use std::time::Duration;
 
-use super::control::{CallRecord, Detail, Head, Layout, Line, CALLS, MESSAGE, NOWHERE};
+use super::control::{
+    CallRecord, Detail, Head, Layout, Line, CALLS, INLINE_WORDS, MESSAGE, NOWHERE,
+};
 use super::keeper;
 use super::patience;
-use super::word::{self, End, Fate};
+use super::word::{self, End, Fate, Verdict};
 use crate::error::{Error, Result, Status};
 use crate::fingerprint::{Chain, Words, CHECKED};
 use crate::sync::{fence, AtomicU32, AtomicU64, Mutex, Ordering, MODEL};
@@ -61,7 +63,7 @@ pub struct Group {
     layout: Layout,
     own: *mut u8,
     ranks: Vec<*const u8>,
-    word: *const AtomicU64,
+    verdict: *const Verdict,
     spin: bool,
     one_process: bool,
     /// Serialises the text of this rank's failure reports.
@@ -81,7 +83,7 @@ unsafe impl Send for Group {}
 unsafe impl Sync for Group {}
 
 impl Group {
-    /// A rank's end: `bases[r]` is where rank r's memory of `layout` begins, `word` the group word,
+    /// A rank's end: `bases[r]` is where rank r's memory of `layout` begins, `verdict` what all may write,
     /// `commit` makes pages of this rank's memory real, `keep` holds it all.
     ///
     /// # Safety
@@ -93,7 +95,7 @@ impl Group {
         layout: Layout,
         bases: Vec<*mut u8>,
         one_process: bool,
-        word: *const AtomicU64,
+        verdict: *const Verdict,
         commit: MemoryOf,
         keep: Box<dyn Any + Send + Sync>,
     ) -> Group {
@@ -103,7 +105,7 @@ impl Group {
             own: bases[rank as usize],
             spin: patience::Patience::may_spin(bases.len() as u32),
             ranks: bases.into_iter().map(|p| p as *const u8).collect(),
-            word,
+            verdict,
             one_process,
             reporting: Mutex::new(()),
             own_memory: commit,
@@ -165,9 +167,14 @@ impl Group {
     }
 
     #[inline]
-    fn word(&self) -> &AtomicU64 {
+    fn verdict(&self) -> &Verdict {
         // SAFETY: valid while self is, by the promise of `new`.
-        unsafe { &*self.word }
+        unsafe { &*self.verdict }
+    }
+
+    #[inline]
+    fn word(&self) -> &AtomicU64 {
+        &self.verdict().word.0
     }
 
     /// Where chunk slot `slot` of `rank` begins; none if there is no such slot.
@@ -253,6 +260,33 @@ impl Group {
         self.wake_sleepers();
     }
 
+    /// The stride from row to row if rows of `fill` bytes are small enough to lie in a line.
+    #[inline]
+    pub fn inline_stride(&self, fill: usize) -> Option<usize> {
+        let stride = fill.next_multiple_of(8);
+        (fill > 0 && stride * self.ranks.len() <= INLINE_WORDS * 8).then_some(stride)
+    }
+
+    /// Copies the rows of chunk slot `slot`, of `fill` bytes each, into the line of chunk `seq`, which is
+    /// published next. They are small enough ([`Group::inline_stride`]).
+    pub fn put_inline(&self, seq: u64, slot: u32, fill: usize) {
+        let line = self.line_of(self.rank, seq);
+        let chunk = self.own_chunk(slot);
+        let words = fill.div_ceil(8);
+        for (i, to) in line.rows.iter().take(words * self.ranks.len()).enumerate() {
+            let at = i / words * self.layout.geometry.row_bytes + i % words * 8;
+            // SAFETY: inside row i / words of the chunk, whose length is a multiple of 64.
+            let word = unsafe { chunk.add(at).cast::<u64>().read() };
+            to.store(word, Ordering::Relaxed);
+        }
+    }
+
+    /// Where the rows lie that `rank` has put into its line of chunk `seq`.
+    #[inline]
+    pub fn inline_rows(&self, rank: u32, seq: u64) -> *const u8 {
+        self.line_of(rank, seq).rows.as_ptr().cast()
+    }
+
     /// Whether `rank` has published chunk `seq`.
     #[inline]
     pub fn is_published(&self, rank: u32, seq: u64) -> bool {
@@ -279,7 +313,11 @@ impl Group {
 
     /// Commits chunk `seq`, of which the caller has seen all lines.
     pub fn commit(&self, seq: u64) -> Fate {
-        word::commit(self.word(), seq)
+        let fate = word::commit(self.word(), seq);
+        if fate == Fate::Aborted {
+            self.end();
+        }
+        fate
     }
 
     /// Says that this rank has reduced all chunks before `count`.
@@ -384,10 +422,21 @@ impl Group {
         }
     }
 
-    /// Why the group ended, if it has.
+    /// Why the group ended, if it has. Whoever sees it tells the others, since the rank that ended it may
+    /// have died before.
     #[inline]
     pub fn end(&self) -> Option<End> {
-        word::end(self.word())
+        let end = word::end(self.word());
+        if end.is_some() {
+            self.verdict().ended.0.store(1, Ordering::Release);
+        }
+        end
+    }
+
+    /// Whether somebody has seen that the group has ended.
+    #[inline]
+    pub fn has_ended(&self) -> bool {
+        self.verdict().ended.0.load(Ordering::Acquire) != 0
     }
 
     /// Ends the group with `cause`, unless it has ended: the first cause stays. Never blocks.
@@ -402,6 +451,7 @@ impl Group {
         write_detail(&self.own_head().detail.0, cause);
         let culprit = u32::try_from(cause.peer).ok();
         word::abort(self.word(), cause.status, self.rank, culprit);
+        self.end();
         for rank in 0..self.size() {
             // Peers' memory is read-only here: their bells are only woken, not changed. A sleeper
             // that falls asleep just now looks again after its slice.
@@ -456,7 +506,7 @@ fn read_detail(detail: &Detail) -> Error {
 
 /// Checks that the atomics in shared memory are what the layout assumes.
 const _: () = {
-    assert!(MODEL || std::mem::size_of::<Line>() == 64);
+    assert!(MODEL || std::mem::size_of::<Line>() == 128);
     assert!(std::mem::size_of::<Head>().is_multiple_of(64));
     assert!(MODEL || std::mem::size_of::<AtomicU32>() == 4);
 };

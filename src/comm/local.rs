@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::control::Layout;
 use super::group::Group;
 use super::mapping::Mapping;
+use super::word::Verdict;
 use crate::error::{Error, Result, Status};
-use crate::sync::AtomicU64;
 
 /// How long a survivor waits before it looks again whether the others still live.
 const SLICE: Duration = Duration::from_millis(1);
@@ -15,7 +15,7 @@ const SLICE: Duration = Duration::from_millis(1);
 /// The memory of a group whose ranks are threads.
 pub struct Threads {
     ranks: Vec<Mapping>,
-    word: AtomicU64,
+    verdict: Verdict,
     /// The smaller group that survivors are forming.
     next: Mutex<Option<Arc<Forming>>>,
 }
@@ -49,14 +49,14 @@ pub fn create(size: u32, layout: Layout) -> Result<(Vec<Group>, Arc<Threads>)> {
     }
     let memory = Arc::new(Threads {
         ranks,
-        word: AtomicU64::new(0),
+        verdict: Verdict::new(),
         next: Mutex::new(None),
     });
     let group = |rank: u32| {
         let bases = memory.ranks.iter().map(Mapping::as_ptr).collect();
         let mine = memory.clone();
         let commit = move |at, bytes| mine.ranks[rank as usize].commit(at, bytes);
-        // SAFETY: the mappings and the word live as long as the Arc; rank r's memory is only
+        // SAFETY: the mappings and the verdict live as long as the Arc; rank r's memory is only
         // written through rank r's end; anonymous memory is zero.
         unsafe {
             Group::new(
@@ -64,7 +64,7 @@ pub fn create(size: u32, layout: Layout) -> Result<(Vec<Group>, Arc<Threads>)> {
                 layout,
                 bases,
                 true,
-                &memory.word,
+                &memory.verdict,
                 Box::new(commit),
                 Box::new(memory.clone()),
             )

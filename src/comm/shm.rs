@@ -6,8 +6,8 @@ use std::time::Instant;
 use super::control::{Layout, CALLS};
 use super::group::Group;
 use super::rendezvous::{self, Join, Watch};
+use super::word::Verdict;
 use crate::error::{unsupported, Result};
-use crate::sync::AtomicU64;
 
 /// Changes with every change of what lies where in shared memory, or what it means.
 const PROTOCOL: u64 = 1;
@@ -50,7 +50,7 @@ pub fn join(
     let bases = (0..size as usize)
         .map(|r| joined.peers[r].as_ref().unwrap_or(&joined.own).as_ptr())
         .collect();
-    let word = joined.group.as_ptr().cast::<AtomicU64>().cast_const();
+    let verdict = joined.group.as_ptr().cast::<Verdict>().cast_const();
     let joined = Arc::new(joined);
     let memory = joined.clone();
     let commit = move |at, bytes| memory.own.commit(at, bytes);
@@ -62,7 +62,7 @@ pub fn join(
             layout,
             bases,
             false,
-            word,
+            verdict,
             Box::new(commit),
             Box::new(joined),
         )

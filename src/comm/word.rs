@@ -7,13 +7,40 @@
 //! Bits, from the top: status 8 (negated; 0: alive), origin 12, culprit 12 (all ones: none),
 //! committed chunks 32 (modulo 2^32; ranks are never that far apart).
 
+use super::control::Lone;
 use crate::error::Status;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 const RANK_BITS: u64 = 0xfff;
 
 /// The most ranks a group can have: ranks take twelve bits, one value means none.
 pub const MAX_RANKS: u32 = 1024;
+
+/// All that every rank of a group may write.
+#[repr(C)]
+pub struct Verdict {
+    /// The group word.
+    pub word: Lone<AtomicU64>,
+    /// Not 0 once somebody has seen that the group has ended. The word changes with every chunk; this line
+    /// changes once, so that looking at it costs nothing.
+    pub ended: Lone<AtomicU32>,
+}
+
+impl Verdict {
+    /// The verdict of a new group.
+    pub fn new() -> Verdict {
+        Verdict {
+            word: Lone(AtomicU64::new(0)),
+            ended: Lone(AtomicU32::new(0)),
+        }
+    }
+}
+
+impl Default for Verdict {
+    fn default() -> Self {
+        Verdict::new()
+    }
+}
 
 /// Why a group ended, and who said so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +90,14 @@ pub fn end(word: &AtomicU64) -> Option<End> {
 
 /// Commits chunk `seq`, whose lines the caller has all seen; or learns that it is too late.
 pub fn commit(word: &AtomicU64, seq: u64) -> Fate {
-    let mut seen = word.load(Ordering::Acquire);
+    // What it holds if nobody has been here before: the swap needs the cache line once, a look before it
+    // would need it twice.
+    let alone = u64::from(seq as u32);
+    let next = u64::from((seq as u32).wrapping_add(1));
+    let swap = word.compare_exchange_weak(alone, next, Ordering::AcqRel, Ordering::Acquire);
+    let Err(mut seen) = swap else {
+        return Fate::Committed;
+    };
     loop {
         if before(seq, seen as u32) {
             return Fate::Committed;

@@ -48,6 +48,8 @@ impl Ring {
             lane: None,
             ops_end: 0,
             fill: work.bytes(),
+
+            inline: false,
             content: Content::Lent { work },
         };
         let seq = st.publish(&self.group, chunk);
@@ -157,6 +159,7 @@ impl Ring {
                 lane: None,
                 ops_end: 0,
                 fill: count * element,
+                inline: false,
                 content,
             };
             let seq = st.publish(&self.group, chunk);

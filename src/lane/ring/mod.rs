@@ -63,7 +63,7 @@ impl Ring {
     #[inline]
     fn enter(&self, meter: &mut Meter) -> Result<Held<'_>> {
         let st = self.lock();
-        if st.failure.is_none() && self.group.end().is_none() {
+        if st.failure.is_none() && !self.group.has_ended() {
             return Ok(st);
         }
         self.enter_ended(st, meter)
@@ -315,6 +315,7 @@ impl Ring {
                 lane: Some(id),
                 ops_end: lane.staged,
                 fill: 0,
+                inline: false,
                 content: Content::Rows {
                     dtype: lane.dtype,
                     op: lane.op,

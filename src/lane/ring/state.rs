@@ -11,6 +11,7 @@ use std::time::Instant;
 use super::desync;
 #[cfg(any(loom, shuttle))]
 use super::model::Reduction;
+use crate::comm::control::INLINE;
 use crate::comm::group::{Group, Stall};
 use crate::comm::word::Fate;
 use crate::dtype::{DType, Finish, Op};
@@ -74,6 +75,8 @@ pub struct Chunk {
     pub ops_end: u64,
     /// Bytes used of each row.
     pub fill: usize,
+    /// Whether its rows lie in its line.
+    pub inline: bool,
     /// What is in it.
     pub content: Content,
 }
@@ -83,6 +86,7 @@ impl Chunk {
     fn place(&self) -> Option<u64> {
         match self.content {
             Content::Lent { work } => Some(work as u64),
+            _ if self.inline => Some(INLINE),
             _ => self.slot.map(u64::from),
         }
     }
@@ -231,7 +235,9 @@ impl State {
 
     /// A free chunk of memory that was used before.
     pub fn warm_slot(&mut self, group: &Group) -> Option<u32> {
-        self.reclaim(group);
+        if self.closed.iter().any(|c| c.slot.is_some()) {
+            self.reclaim(group);
+        }
         self.free.pop()
     }
 
@@ -295,8 +301,15 @@ impl State {
     }
 
     /// Publishes a chunk; a line is free. Its number.
-    pub fn publish(&mut self, group: &Group, chunk: Chunk) -> u64 {
+    pub fn publish(&mut self, group: &Group, mut chunk: Chunk) -> u64 {
         let seq = self.next;
+        let small = chunk.lane.is_some() && group.inline_stride(chunk.fill).is_some();
+        if let Some(slot) = chunk.slot.filter(|_| small) {
+            group.put_inline(seq, slot, chunk.fill);
+            chunk.inline = true;
+            chunk.slot = None;
+            self.free.push(slot);
+        }
         group.publish(seq, &self.chain, chunk.place());
         if let Some(id) = chunk.lane {
             self.lane(id).travelling += 1;
@@ -328,12 +341,12 @@ impl State {
         loop {
             // Looked at first: what was committed before the end has all its lines by then. What
             // cannot be carried out now never will be, whatever the word says.
-            let ended = group.end().is_some();
+            let ended = group.has_ended();
             while self.failure.is_none() && self.reduced < self.next && self.step(group, meter) {}
             if ended && self.failure.is_none() {
                 self.fail(group);
             }
-            if ended || group.end().is_none() {
+            if ended || !group.has_ended() {
                 break;
             }
         }
@@ -366,6 +379,7 @@ impl State {
             let place = line.place.and_then(|place| match mine.content {
                 // Only a rank that agrees has lent, and only among threads.
                 Content::Lent { .. } if agreed => Some(place as *const u8),
+                _ if mine.inline => (place == INLINE).then(|| group.inline_rows(rank, seq)),
                 _ => group.chunk(rank, place),
             });
             possible &= place.is_some() == line.place.is_some();
@@ -474,7 +488,11 @@ unsafe fn carry_out(
     match &chunk.content {
         Content::Nothing => {}
         Content::Rows { dtype, op, pieces } => {
-            let row = rank * group.layout().geometry.row_bytes;
+            let stride = match group.inline_stride(chunk.fill) {
+                Some(stride) if chunk.inline => stride,
+                _ => group.layout().geometry.row_bytes,
+            };
+            let row = rank * stride;
             let mut reduction = Reduction::new(*dtype, *op, group.size());
             for piece in pieces {
                 sources.clear();

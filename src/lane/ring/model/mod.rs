@@ -21,6 +21,7 @@ use super::Ring;
 use crate::comm::control::{CallRecord, Detail, Head, Layout, Line, Lone, CALLS};
 use crate::comm::group::Group;
 use crate::comm::keeper::OWNER_DIED;
+use crate::comm::word::Verdict;
 use crate::dtype::{DType, Finish, Op};
 use crate::error::{Error, Result, Status};
 use crate::fingerprint::{Call, CallKind};
@@ -36,7 +37,7 @@ type Cell = UnsafeCell<u64>;
 /// The memory of a group: where the layout has it, made of the checker's atomics.
 struct Memory {
     bases: Vec<*mut u8>,
-    word: AtomicU64,
+    verdict: Verdict,
     layout: Layout,
     block: Block,
 }
@@ -51,7 +52,7 @@ impl Memory {
     fn new(size: u32, slots: usize, lines: usize) -> Arc<Memory> {
         const { assert!(size_of::<Cell>() <= ROW) };
         let chunk_bytes = ROW * size as usize;
-        let lines_at = size_of::<Head>();
+        let lines_at = size_of::<Head>().next_multiple_of(align_of::<Line>());
         let calls_at = lines_at + lines * size_of::<Line>();
         let staging_at = (calls_at + CALLS * size_of::<CallRecord>()).next_multiple_of(64);
         let layout = Layout {
@@ -66,7 +67,8 @@ impl Memory {
             staging_at,
             total: staging_at + slots * chunk_bytes,
         };
-        let block = Block::from_size_align(layout.total, 64).expect("a small block");
+        let block =
+            Block::from_size_align(layout.total, align_of::<Line>()).expect("a small block");
         let base = |_| {
             // SAFETY: the size is not zero; everything is written inside it, at its alignment.
             unsafe {
@@ -91,7 +93,7 @@ impl Memory {
         };
         Arc::new(Memory {
             bases: (0..size).map(base).collect(),
-            word: AtomicU64::new(0),
+            verdict: Verdict::new(),
             layout,
             block,
         })
@@ -107,7 +109,7 @@ impl Memory {
                 self.layout,
                 self.bases.clone(),
                 false,
-                &self.word,
+                &self.verdict,
                 Box::new(commit),
                 Box::new(self.clone()),
             )
@@ -159,6 +161,7 @@ fn line() -> Line {
         hi: word(),
         calls: word(),
         place: word(),
+        rows: [],
     }
 }
 
