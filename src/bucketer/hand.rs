@@ -8,7 +8,7 @@ use super::queue::{self, Flight, Outcome, Pending, Queue};
 use super::{Bucketer, Completion, TICKET_BITS};
 use crate::error::{invalid, Error, Result, Status};
 use crate::lane::work::Meter;
-use crate::memory::Block;
+use crate::memory::{self, Block};
 
 impl<C: Copy + Send> Bucketer<C> {
     /// Launches the open bucket of a lane; a comm that has failed makes it a failed flight.
@@ -33,10 +33,17 @@ impl<C: Copy + Send> Bucketer<C> {
             }
             Err(e) => outcome = Some((open.comm.completed(lane.id).0, e.clone())),
         }
-        let outcome = outcome.map(|(done, e)| Outcome {
+        let mut outcome = outcome.map(|(done, e)| Outcome {
             done,
             failure: Some(Arc::new(e)),
         });
+        if open.comm.is_device() {
+            // Enqueued is complete.
+            outcome.get_or_insert(Outcome {
+                done: lane.taken,
+                failure: None,
+            });
+        }
         q.flights.push_back(Flight {
             first: lane.taken - open.ops.len() as u64,
             end: lane.taken,
@@ -112,7 +119,7 @@ impl<C: Copy + Send> Bucketer<C> {
     pub(super) fn completion(
         &self,
         q: &mut Queue<C>,
-        op: Pending<C>,
+        mut op: Pending<C>,
         error: Option<Arc<Error>>,
     ) -> (Completion<C>, Option<Block>) {
         let (mut data, mut block) = (op.data, op.block);
@@ -125,6 +132,9 @@ impl<C: Copy + Send> Bucketer<C> {
                 q.failed.push((op.ticket, e.clone()));
                 data = std::ptr::null_mut();
                 block.take().into_iter().for_each(|b| q.cache.put(b));
+                if op.shard != 0 {
+                    let _ = memory::release(std::mem::take(&mut op.shard));
+                }
             }
         }
         let completion = Completion {
@@ -135,7 +145,8 @@ impl<C: Copy + Send> Bucketer<C> {
             numel: op.numel,
             valid: op.valid,
             offset: op.offset,
-            shard: block.map_or(0, |b| b.arm()),
+            shard: block.map_or(op.shard, |b| b.arm()),
+            stream: op.stream,
             dtype: op.dtype,
             error,
         };

@@ -6,6 +6,7 @@
 //! caller runs its callback between two steps. So an exception may pass, a callback may submit, and
 //! what is still owed stays in the queue for the next call.
 
+mod device;
 mod hand;
 mod plan;
 mod queue;
@@ -16,6 +17,7 @@ mod turn;
 #[cfg(test)]
 mod tests;
 
+use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -57,6 +59,8 @@ pub struct Ask<C> {
     pub borrow: bool,
     /// Which tensor this is.
     pub tag: u64,
+    /// Device comm: the stream of its input; null: the comm's.
+    pub stream: *mut c_void,
     /// Comes back with the result.
     pub payload: C,
 }
@@ -79,6 +83,8 @@ pub struct Completion<C> {
     pub offset: usize,
     /// Names the memory, if it is ours; else 0.
     pub shard: u64,
+    /// Device comm: in whose order the result is ready.
+    pub stream: *mut c_void,
     /// Type of the elements.
     pub dtype: DType,
     /// Why it failed, if it did.
@@ -216,12 +222,14 @@ impl<C: Copy + Send> Bucketer<C> {
     /// Starts the communication of all open buckets.
     pub fn launch(&self) -> Result<Turn<'_, C>> {
         self.refuse_reentry("launch")?;
+        self.refuse_captures()?;
         Ok(Turn::new(self, Plan::launch(CallKind::Launch)))
     }
 
     /// Launches, completes and hands back everything.
     pub fn flush(&self) -> Result<Turn<'_, C>> {
         self.refuse_reentry("flush")?;
+        self.refuse_captures()?;
         Ok(Turn::new(self, Plan::launch(CallKind::Flush)))
     }
 
@@ -234,6 +242,7 @@ impl<C: Copy + Send> Bucketer<C> {
     /// Hands back everything up to the op of `ticket`. `timeout`: none waits for the comm's own.
     pub fn wait(&self, ticket: u64, timeout: Option<Duration>) -> Result<Turn<'_, C>> {
         self.refuse_reentry("wait")?;
+        self.refuse_captures()?;
         let limit = timeout.and_then(|t| Instant::now().checked_add(t));
         Ok(Turn::new(
             self,

@@ -94,6 +94,9 @@ impl<C: Copy + Send> Turn<'_, C> {
             if let Some(step) = self.owed_flight(q) {
                 return step;
             }
+            if let Some(step) = self.enqueued(q) {
+                return step;
+            }
         }
         match &mut self.plan {
             // SAFETY: by the promise of this function.
@@ -174,6 +177,9 @@ impl<C: Copy + Send> Turn<'_, C> {
             return Step::Done;
         };
         let (comm, ask, accepted) = (comm.clone(), *ask, *ticket != 0);
+        if accepted && comm.is_device() {
+            return self.enqueued(q).unwrap_or(Step::Done);
+        }
         if accepted {
             // A direct op: the buckets launched before it on its comm, then its own callback.
             let direct = |q: &Queue<C>| {
@@ -237,7 +243,7 @@ impl<C: Copy + Send> Turn<'_, C> {
         if too_large {
             // Memory that is missing is missed before anything changes.
             let bytes = ask.numel * ask.finish.output.size();
-            if ask.output.is_null() && q.reserved.is_none() {
+            if ask.output.is_null() && q.reserved.is_none() && !comm.is_device() {
                 q.reserved = Some((q.cache.take(bytes)?, bytes));
             }
             comm.prepare_next(q.lanes[index].id, ask.numel, &bucketer.pool)?;
@@ -312,12 +318,13 @@ impl<C: Copy + Send> Turn<'_, C> {
             }
             return Step::Again;
         }
+        let settled = self.settle(q, kind == CallKind::Flush);
         let plan = match kind {
             CallKind::Flush => Plan::Drain,
             _ => Plan::Over,
         };
         if let Plan::Launch { result, .. } = std::mem::replace(&mut self.plan, plan) {
-            self.result = result;
+            self.result = result.and(settled);
         }
         Step::Again
     }

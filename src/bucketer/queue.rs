@@ -2,6 +2,7 @@
 //! of their launch, and the ops in them.
 
 use std::collections::VecDeque;
+use std::ffi::c_void;
 use std::sync::{Arc, Weak};
 
 use super::Completion;
@@ -18,6 +19,10 @@ pub struct Pending<C> {
     pub data: *mut u8,
     /// The result's memory, if it is ours.
     pub block: Option<Block>,
+    /// Device comm: a reference to the result's memory, if it is ours; else 0.
+    pub shard: u64,
+    /// Device comm: in whose order the result is ready.
+    pub stream: *mut c_void,
     pub numel: usize,
     pub valid: usize,
     pub offset: usize,

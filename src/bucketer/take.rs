@@ -75,7 +75,7 @@ impl<C: Copy + Send> Bucketer<C> {
             }
         };
         let mut block: Option<Block> = None;
-        if ask.output.is_null() {
+        if ask.output.is_null() && !comm.is_device() {
             let bytes = ask.numel * ask.finish.output.size();
             let reserved = q.reserved.take();
             block = match reserved.filter(|(_, had)| *had == bytes) {
@@ -109,6 +109,7 @@ impl<C: Copy + Send> Bucketer<C> {
             output_is_ours: block.is_some(),
             borrow: ask.borrow,
             call,
+            stream: ask.stream,
         };
         let pending = Pending {
             ticket: self.nonce | (q.tickets + 1),
@@ -116,6 +117,8 @@ impl<C: Copy + Send> Bucketer<C> {
             payload: ask.payload,
             data: output,
             block,
+            shard: 0,
+            stream: std::ptr::null_mut(),
             numel: ask.numel,
             valid,
             offset,
@@ -178,12 +181,17 @@ impl<C: Copy + Send> Bucketer<C> {
         comm: &Endpoint,
         ask: &Ask<C>,
     ) -> Result<u64> {
-        let (work, pending) = self.prepare(q, index, comm, ask)?;
+        let (work, mut pending) = self.prepare(q, index, comm, ask)?;
         let mut meter = Meter::default();
         let rare = q.tickets.is_multiple_of(SAMPLE);
         let start = (rare || work.bytes() >= TIMED).then(Instant::now);
         // SAFETY: by the promise of this function.
-        let taken = unsafe { comm.submit(q.lanes[index].id, &work, &self.pool, &mut meter) };
+        let taken = unsafe {
+            match comm.is_device() {
+                false => comm.submit(q.lanes[index].id, &work, &self.pool, &mut meter),
+                true => self.place(q, index, comm, &work, &mut pending, &mut meter),
+            }
+        };
         if let Some(start) = start {
             let times = if work.bytes() >= TIMED { 1 } else { SAMPLE };
             let spent =
@@ -269,6 +277,10 @@ impl<C: Copy + Send> Bucketer<C> {
         ask: &Ask<C>,
         nested: bool,
     ) -> Result<u64> {
+        if comm.is_device() {
+            // SAFETY: by the promise of this function.
+            return unsafe { self.defer(q, index, comm, ask, nested) };
+        }
         let (work, pending) = self.prepare(q, index, comm, ask)?;
         let mut meter = Meter::default();
         // SAFETY: by the promise of this function.

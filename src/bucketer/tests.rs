@@ -154,6 +154,7 @@ impl Rank<'_> {
             },
             borrow: shape.borrow,
             tag: op as u64,
+            stream: std::ptr::null_mut(),
             payload: op,
         };
         let kept = if shape.borrow { input } else { Vec::new() };

@@ -13,7 +13,7 @@ use super::queue::Queue;
 use super::{this_thread, Bucketer, Completion};
 use crate::error::Result;
 use crate::fingerprint::CallKind;
-use crate::memory::Block;
+use crate::memory::{self, Block};
 use std::sync::atomic::Ordering;
 
 /// A call under way.
@@ -29,7 +29,7 @@ pub struct Turn<'a, C: Copy + Send> {
     /// Taken out together, to be handed out one by one.
     pub(super) batch: VecDeque<(Completion<C>, Option<Block>)>,
     /// Handed out; their memory goes back with the next look at the queue.
-    handed: Vec<(Block, u64)>,
+    handed: Vec<(Option<Block>, u64)>,
     since: Option<Instant>,
     count: u64,
 }
@@ -79,7 +79,9 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             unsafe { self.look() };
         }
         let (op, block) = self.batch.pop_front()?;
-        self.handed.extend(block.map(|block| (block, op.shard)));
+        if op.shard != 0 {
+            self.handed.push((block, op.shard));
+        }
         self.count += 1;
         self.since.get_or_insert_with(Instant::now);
         match op.error {
@@ -100,7 +102,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             let spent = start.elapsed().as_nanos() as u64;
             bucketer.counters.callback_ns.add(spent);
         }
-        self.settle(&mut q);
+        self.settle_memory(&mut q);
         loop {
             // SAFETY: by the promise of this function.
             match unsafe { self.advance(&mut q) } {
@@ -130,9 +132,13 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
         std::mem::replace(&mut self.result, Ok(()))
     }
 
-    fn settle(&mut self, q: &mut Queue<C>) {
+    fn settle_memory(&mut self, q: &mut Queue<C>) {
         for (block, shard) in self.handed.drain(..) {
-            q.cache.settle(block, shard);
+            match block {
+                Some(block) => q.cache.settle(block, shard),
+                // A device comm's own.
+                None => drop(memory::release(shard)),
+            }
         }
     }
 
@@ -170,7 +176,7 @@ impl<C: Copy + Send> Turn<'_, C> {
     pub unsafe fn abandon(&mut self) {
         let bucketer = self.bucketer;
         let mut q = bucketer.lock();
-        self.settle(&mut q);
+        self.settle_memory(&mut q);
         while let Some(op) = self.batch.pop_back() {
             q.owed.push_front(op);
         }
@@ -215,7 +221,7 @@ impl<C: Copy + Send> Drop for Turn<'_, C> {
     fn drop(&mut self) {
         if !self.handed.is_empty() || !self.batch.is_empty() {
             let mut q = self.bucketer.lock();
-            self.settle(&mut q);
+            self.settle_memory(&mut q);
             while let Some(op) = self.batch.pop_back() {
                 q.owed.push_front(op);
             }

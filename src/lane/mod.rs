@@ -4,23 +4,30 @@
 //! is a [`ring`]; on an engine it is a [`bucket`]. Both count ops: a lane's ops complete in order.
 
 pub mod bucket;
+pub mod device;
 pub mod ring;
 pub mod work;
 
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::bucket::Buckets;
+use self::device::{DeviceBuckets, Placed, Streams, DIRECT};
 use self::ring::Ring;
 use self::work::{Meter, Waited, Work};
 use crate::comm::control::Layout;
 use crate::comm::engine::{Abilities, Engine};
 use crate::comm::group::Group;
 use crate::comm::local;
+use crate::comm::nccl::Nccl;
 use crate::comm::shm;
 use crate::comm::shrink::{self, Origin};
 use crate::comm::word::MAX_RANKS;
+use crate::cuda::context::Context;
+use crate::cuda::driver::Driver;
+use crate::cuda::Device;
 use crate::dtype::{DType, Op};
 use crate::error::{invalid, unsupported, Error, Result, Status};
 use crate::fingerprint::Call;
@@ -43,6 +50,10 @@ pub struct Options {
     pub control: Option<Arc<Endpoint>>,
     /// Shared staging of a rank; 0: the default.
     pub staging_bytes: usize,
+    /// Device comm: the stream of inputs, and the one in whose order results are ready; null: none.
+    pub stream: *mut c_void,
+    /// See `stream`.
+    pub result_stream: *mut c_void,
 }
 
 impl Default for Options {
@@ -53,11 +64,28 @@ impl Default for Options {
             label: String::new(),
             control: None,
             staging_bytes: 0,
+            stream: std::ptr::null_mut(),
+            result_stream: std::ptr::null_mut(),
         }
     }
 }
 
 impl Options {
+    /// Host memory has no streams.
+    fn refuse_streams(&self) -> Result<()> {
+        for (name, stream) in [
+            ("stream", self.stream),
+            ("result_stream", self.result_stream),
+        ] {
+            if !stream.is_null() {
+                return Err(invalid!(
+                    "config->{name}: given for a comm of host memory; expected NULL"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn ring(&self, group: Group, origin: Origin) -> Arc<Endpoint> {
         endpoint(
             &self.label,
@@ -66,6 +94,7 @@ impl Options {
     }
 
     fn layout(&self, size: u32) -> Result<Layout> {
+        self.refuse_streams()?;
         if size == 0 || size > MAX_RANKS {
             return Err(invalid!(
                 "size: {size}; expected 1 to {MAX_RANKS} ranks on one host"
@@ -87,6 +116,7 @@ impl Options {
 enum Lanes {
     Ring(Ring, Origin),
     Buckets(Buckets),
+    Device(Box<DeviceBuckets>),
 }
 
 /// One rank's end of a group.
@@ -135,7 +165,8 @@ impl Endpoint {
         (rank, size): (u32, u32),
         options: &Options,
     ) -> Result<Arc<Endpoint>> {
-        check_custom(abilities, rank, size, options)?;
+        options.refuse_streams()?;
+        check_engine(abilities, rank, size, options)?;
         let control = options.control.clone();
         let place = (rank, size);
         let lanes = Buckets::new(
@@ -147,6 +178,59 @@ impl Endpoint {
             control,
         );
         Ok(endpoint(&options.label, Lanes::Buckets(lanes)))
+    }
+
+    /// Rank `rank` of `size` on an engine of device memory, which works in the context that is current.
+    /// On error the engine is not released.
+    pub fn device(
+        engine: Box<dyn Engine>,
+        abilities: Abilities,
+        place: (u32, u32),
+        options: &Options,
+    ) -> Result<Arc<Endpoint>> {
+        check_engine(abilities, place.0, place.1, options)?;
+        let driver = Driver::get().map_err(|e| Error {
+            message: format!("transport->flags: DEVICE: {}", e.message),
+            ..e
+        })?;
+        let context = Context::of_caller(driver)?;
+        Endpoint::on_device(engine, abilities, place, options, context)
+    }
+
+    /// A communicator of NCCL's that the caller has made.
+    ///
+    /// # Safety
+    /// `comm` is NULL, or a live ncclComm_t that outlives the endpoint.
+    pub unsafe fn nccl(comm: *mut c_void, options: &Options) -> Result<Arc<Endpoint>> {
+        let driver = Driver::get()?;
+        // SAFETY: by the promise of this function.
+        let nccl = unsafe { Nccl::wrap(comm, options.timeout)? };
+        let (place, abilities) = (nccl.place(), Nccl::abilities());
+        check_engine(abilities, place.0, place.1, options)?;
+        let context = Context::of_device(driver, nccl.device())?;
+        Endpoint::on_device(Box::new(nccl), abilities, place, options, context)
+    }
+
+    fn on_device(
+        engine: Box<dyn Engine>,
+        abilities: Abilities,
+        place: (u32, u32),
+        options: &Options,
+        context: Context,
+    ) -> Result<Arc<Endpoint>> {
+        let streams = Streams {
+            producer: options.stream.cast(),
+            result: (!options.result_stream.is_null()).then_some(options.result_stream.cast()),
+        };
+        let entered = context.enter()?;
+        context.check_stream(streams.producer, "config->stream")?;
+        if let Some(result) = streams.result {
+            context.check_stream(result, "config->result_stream")?;
+        }
+        drop(entered);
+        let device = Device::new(context)?;
+        let lanes = DeviceBuckets::new(engine, abilities, place, options, device, streams);
+        Ok(endpoint(&options.label, Lanes::Device(Box::new(lanes))))
     }
 
     /// This rank's end of the smaller group that the survivors of a lost rank form. Blocks for them.
@@ -178,6 +262,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().rank(),
             Lanes::Buckets(buckets) => buckets.place().0,
+            Lanes::Device(buckets) => buckets.place().0,
         }
     }
 
@@ -186,6 +271,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().size(),
             Lanes::Buckets(buckets) => buckets.place().1,
+            Lanes::Device(buckets) => buckets.place().1,
         }
     }
 
@@ -194,6 +280,7 @@ impl Endpoint {
         let cause = match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().cause(),
             Lanes::Buckets(buckets) => buckets.cause().map(|e| Error::clone(&e)),
+            Lanes::Device(buckets) => buckets.cause().map(|e| Error::clone(&e)),
         };
         cause.map_or(Ok(()), |e| Err(self.named(e)))
     }
@@ -214,6 +301,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().abort(&cause),
             Lanes::Buckets(buckets) => buckets.abort(cause),
+            Lanes::Device(buckets) => buckets.abort(cause),
         }
     }
 
@@ -233,7 +321,7 @@ impl Endpoint {
     pub fn staging(&self) -> u64 {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.committed(),
-            Lanes::Buckets(_) => 0,
+            Lanes::Buckets(_) | Lanes::Device(_) => 0,
         }
     }
 
@@ -242,6 +330,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.next_ordinal(),
             Lanes::Buckets(buckets) => buckets.next_ordinal(),
+            Lanes::Device(buckets) => buckets.next_ordinal(),
         }
     }
 
@@ -250,6 +339,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.open_lane(dtype, op),
             Lanes::Buckets(buckets) => buckets.open_lane(dtype, op),
+            Lanes::Device(buckets) => buckets.open_lane(dtype, op),
         }
     }
 
@@ -258,13 +348,16 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.close_lane(id),
             Lanes::Buckets(buckets) => buckets.close_lane(id),
+            Lanes::Device(buckets) => buckets.close_lane(id),
         }
     }
 
     /// Frees the idle buckets of a lane. A comm's staging stays.
     pub fn release_buffers(&self, id: LaneId) {
-        if let Lanes::Buckets(buckets) = &self.lanes {
-            buckets.release_buffers(id);
+        match &self.lanes {
+            Lanes::Ring(..) => {}
+            Lanes::Buckets(buckets) => buckets.release_buffers(id),
+            Lanes::Device(buckets) => buckets.release_buffers(id),
         }
     }
 
@@ -274,6 +367,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(..) => Ok(()),
             Lanes::Buckets(buckets) => buckets.prepare_next(id, numel, pool),
+            Lanes::Device(buckets) => self.naming(buckets.prepare_next(id, pool)),
         }
     }
 
@@ -294,8 +388,85 @@ impl Endpoint {
             match &self.lanes {
                 Lanes::Ring(ring, _) => ring.submit(id, work, meter),
                 Lanes::Buckets(buckets) => buckets.submit(id, work, pool, meter),
+                Lanes::Device(_) => Err(only_on_host()),
             }
         })
+    }
+
+    /// The buckets of a device comm; none: it is a host comm.
+    fn buckets(&self) -> Option<&DeviceBuckets> {
+        match &self.lanes {
+            Lanes::Device(buckets) => Some(buckets),
+            _ => None,
+        }
+    }
+
+    /// Whether it moves memory of a GPU, in the order of streams.
+    #[inline]
+    pub fn is_device(&self) -> bool {
+        matches!(self.lanes, Lanes::Device(_))
+    }
+
+    /// Device comm: in whose order results are ready; else null.
+    pub fn result_stream(&self) -> *mut c_void {
+        let none = std::ptr::null_mut();
+        self.buckets().map_or(none, |b| b.result_stream().cast())
+    }
+
+    /// Device comm: refuses an op whose memory or stream is not right, before anything changes.
+    pub fn vet(
+        &self,
+        pointers: impl Iterator<Item = (*const u8, &'static str, Option<u32>)>,
+        stream: *mut c_void,
+    ) -> Result<()> {
+        match self.buckets() {
+            Some(buckets) => self.naming(buckets.vet(pointers, stream.cast())),
+            None => Ok(()),
+        }
+    }
+
+    /// Device comm: refuses to launch while a stream that it would touch is being captured.
+    pub fn refuse_captures(&self) -> Result<()> {
+        match self.buckets() {
+            Some(buckets) => self.naming(buckets.refuse_captures()),
+            None => Ok(()),
+        }
+    }
+
+    /// Device comm: takes an op, waiting or `direct`; where its result will be, and, for a direct one,
+    /// its number in the lane [`DIRECT`].
+    ///
+    /// # Safety
+    /// As for `submit`.
+    pub unsafe fn place(
+        &self,
+        id: LaneId,
+        work: &Work,
+        direct: bool,
+        pool: &Pool,
+        meter: &mut Meter,
+    ) -> Result<(u64, Placed)> {
+        let Some(buckets) = self.buckets() else {
+            return Err(only_on_host());
+        };
+        // SAFETY: by the promise of this function.
+        self.naming(unsafe {
+            match direct {
+                true => buckets.defer(id, work, pool, meter),
+                false => buckets
+                    .submit(id, work, pool, meter)
+                    .map(|placed| (0, placed)),
+            }
+        })
+    }
+
+    /// Device comm: enqueues direct ops that wait; `join`: what its stream holds next comes after all
+    /// results.
+    pub fn settle(&self, join: bool) -> Result<()> {
+        match self.buckets() {
+            Some(buckets) => self.naming(buckets.settle(join)),
+            None => Ok(()),
+        }
     }
 
     /// Takes a launch or flush that finds something open into the sequence.
@@ -303,6 +474,7 @@ impl Endpoint {
         self.naming(match &self.lanes {
             Lanes::Ring(ring, _) => ring.announce(call, meter),
             Lanes::Buckets(buckets) => buckets.announce(call, meter),
+            Lanes::Device(buckets) => buckets.announce(call),
         })
     }
 
@@ -311,6 +483,7 @@ impl Endpoint {
         self.naming(match &self.lanes {
             Lanes::Ring(ring, _) => ring.launch(id, meter),
             Lanes::Buckets(buckets) => buckets.launch(id, meter),
+            Lanes::Device(buckets) => buckets.launch(id),
         })
     }
 
@@ -324,6 +497,7 @@ impl Endpoint {
             match &self.lanes {
                 Lanes::Ring(ring, _) => ring.direct(work, meter),
                 Lanes::Buckets(buckets) => buckets.direct(work, pool, meter),
+                Lanes::Device(_) => Err(only_on_host()),
             }
         })
     }
@@ -333,6 +507,7 @@ impl Endpoint {
         let (count, failure) = match &self.lanes {
             Lanes::Ring(ring, _) => ring.completed(id),
             Lanes::Buckets(buckets) => buckets.completed(id),
+            Lanes::Device(buckets) => buckets.completed(id),
         };
         (count, failure.map(|e| self.named(Error::clone(&e))))
     }
@@ -342,6 +517,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.carry_on(meter),
             Lanes::Buckets(buckets) => buckets.carry_on(meter),
+            Lanes::Device(buckets) => buckets.carry_on(),
         }
     }
 
@@ -356,6 +532,13 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.wait(id, target, limit, meter),
             Lanes::Buckets(buckets) => buckets.wait(id, target, limit, meter),
+            Lanes::Device(buckets) => {
+                if id == DIRECT {
+                    // What fails is told by `completed`.
+                    let _ = buckets.settle(false);
+                }
+                Waited::Over
+            }
         }
     }
 
@@ -371,9 +554,18 @@ impl Endpoint {
             match &self.lanes {
                 Lanes::Ring(ring, _) => ring.all_gather(input, output, bytes, &mut meter),
                 Lanes::Buckets(buckets) => buckets.all_gather(input, output, bytes, &mut meter),
+                Lanes::Device(buckets) => buckets.all_gather(input, output, bytes),
             }
         })
     }
+}
+
+/// What is asked of a host comm alone was asked of a device comm.
+fn only_on_host() -> Error {
+    Error::new(
+        Status::Panic,
+        "a device comm was asked for a host comm's work",
+    )
 }
 
 fn check_rank(rank: u32, size: u32) -> Result<()> {
@@ -386,7 +578,7 @@ fn check_rank(rank: u32, size: u32) -> Result<()> {
     Ok(())
 }
 
-fn check_custom(abilities: Abilities, rank: u32, size: u32, options: &Options) -> Result<()> {
+fn check_engine(abilities: Abilities, rank: u32, size: u32, options: &Options) -> Result<()> {
     if size == 0 || size > i32::MAX as u32 {
         return Err(invalid!("size: {size}; expected 1 to {}", i32::MAX));
     }
@@ -403,7 +595,7 @@ fn check_custom(abilities: Abilities, rank: u32, size: u32, options: &Options) -
         ));
     }
     if let Some(control) = &options.control {
-        if matches!(control.lanes, Lanes::Buckets(_)) {
+        if !matches!(control.lanes, Lanes::Ring(..)) {
             return Err(invalid!(
                 "control: a comm on a transport; expected a local or shm comm"
             ));

@@ -56,7 +56,7 @@ pub unsafe fn check(comm: &Endpoint, args: &rsb_submit_args) -> Result<Ask<Callb
             "output: NULL with RSB_SUBMIT_ACCUMULATE; expected memory to add to"
         ));
     }
-    if !args.stream.is_null() {
+    if !args.stream.is_null() && !comm.is_device() {
         return Err(invalid!(
             "stream: given for a comm of host memory; expected NULL"
         ));
@@ -80,6 +80,7 @@ pub unsafe fn check(comm: &Endpoint, args: &rsb_submit_args) -> Result<Ask<Callb
         output: args.output.cast(),
         borrow: args.flags & RSB_SUBMIT_BORROW != 0,
         tag: args.tag,
+        stream: args.stream,
         payload: Callback {
             function: args.callback,
             user_data: args.user_data,
@@ -88,6 +89,23 @@ pub unsafe fn check(comm: &Endpoint, args: &rsb_submit_args) -> Result<Ask<Callb
     if !args.output.is_null() {
         // SAFETY: the rows were checked to be there.
         unsafe { check_output(comm, &ask)? };
+    }
+    if comm.is_device() {
+        let output = (ask.numel > 0 && !ask.output.is_null()).then_some(ask.output.cast_const());
+        let output = output.map(|o| (o, "output", None));
+        let flat = match ask.rows {
+            Rows::Flat { data, .. } => Some((data, "flat_input", None)),
+            Rows::Pieces(_) => None,
+        };
+        let pieces = (0..comm.size()).filter_map(|r| match ask.rows {
+            Rows::Pieces(pieces) if ask.numel > 0 => {
+                // SAFETY: the rows were checked to be there.
+                let piece = unsafe { *pieces.add(r as usize) };
+                Some((piece, "inputs", Some(r)))
+            }
+            _ => None,
+        });
+        comm.vet(pieces.chain(flat).chain(output), ask.stream)?;
     }
     Ok(ask)
 }
