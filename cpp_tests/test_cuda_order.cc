@@ -14,6 +14,8 @@ struct Way {
   uint32_t flags;  // of the ops
 };
 
+void PrintTo(const Way &way, std::ostream *out) { *out << way.name; }
+
 DeviceOptions with(uint64_t flags, bool result_stream, bool custom = false,
                    uint64_t custom_flags = DeviceOptions().custom_flags, size_t max_count = 0) {
   DeviceOptions o;

@@ -98,6 +98,23 @@ TEST(Nccl, LargeAndPackedOpsShareAGroupAndBorrowedOnesAreNotCopied) {
   });
 }
 
+TEST(Nccl, ALentDirectOpAloneComesAfterItsMemory) {
+  DeviceOptions options;
+  options.flags = RSB_COMM_EXACT;
+  run_device(2, options, [](DeviceRank &rank) {
+    DeviceWorker worker(rank, -1);
+    for (int round = 0; round < 3; ++round) {
+      // Nothing of it is packed: no producer's stream has waited for the memory of the exchange.
+      Op o = Op::f32(3000);
+      o.flat = true;
+      o.flags = RSB_SUBMIT_BORROW;
+      worker.submit(o);
+      worker.flush();
+    }
+    worker.finish();
+  });
+}
+
 /// An allocator over the driver's, that notes what it is asked for.
 struct Caching {
   std::mutex mutex;
