@@ -453,9 +453,26 @@ rsb_status rsb_comm_create_shm(const char *name,
  * - config: may be NULL.
  * - out_comm: receives the handle, which is the caller's.
  *
- * Any thread.
+ * Any thread; waits for no peer and not for the device. It works in the context that is current if
+ * that is of nccl_comm's device, else in the device's primary context. After a failure nccl_comm is
+ * its owner's to abort.
  *
- * This version returns RSB_ERR_UNSUPPORTED.
+ * Inputs and outputs of its ops are memory of that device. An op is packed on its stream when it is
+ * submitted, so that its memory may be used again in that stream's order. With RSB_SUBMIT_BORROW
+ * its whole bucket is packed at the launch, and a direct op whose rows lie one after the other is
+ * sent as it lies. No call waits for the device. Streams that are being captured into a CUDA graph
+ * are refused with RSB_ERR_UNSUPPORTED before anything is enqueued. The environment variable
+ * ENABLE_NCCL_BASE_COLLECTIVES=0 makes every reduce-scatter a group of reduces.
+ *
+ * Returns RSB_OK, or:
+ * - RSB_ERR_INVALID_ARGUMENT: nccl_comm or out_comm is NULL; a stream is of another device; or a
+ *   field of config has a value that is not accepted.
+ * - RSB_ERR_BAD_HANDLE: config->control is given and is no live handle.
+ * - RSB_ERR_UNSUPPORTED: no CUDA driver (11.2 or later), no libnccl (2.10 or later), or a device
+ *   below compute capability 7.0; err->message says what was looked for and where. Or an unknown
+ *   flag or field of config is set.
+ * - RSB_ERR_NO_MEMORY: memory for the comm could not be had.
+ * - RSB_ERR_TRANSPORT: the driver or NCCL failed; err->native_code is its code.
  */
 rsb_status rsb_comm_wrap_nccl(void *nccl_comm,
                               const rsb_comm_config *config,

@@ -4,7 +4,8 @@
 //! each ends in a callback. `ARCHITECTURE.md` has the map; data flows one way through it:
 //!
 //! [`ffi`] (the only place that knows C) → [`bucketer`] (buckets, order, callbacks) → [`lane`] (how
-//! a bucket travels) → [`comm`] (memory and engines that ranks share) and [`reduce`] (kernels).
+//! a bucket travels) → [`comm`] (memory and engines that ranks share), [`reduce`] (kernels) and
+//! [`cuda`] (the memory and streams of a GPU).
 
 #![deny(
     missing_docs,
@@ -18,6 +19,7 @@ compile_error!("rsbucket's handles are 64-bit tokens in pointer types: 64-bit ta
 #[cfg(not(any(loom, shuttle)))]
 pub mod bucketer;
 pub mod comm;
+pub mod cuda;
 pub mod dtype;
 pub mod error;
 #[cfg(not(any(loom, shuttle)))]

@@ -5,6 +5,7 @@
 //! use, so a stale shard handle is noticed. The owner of a block is whoever turned its count to 0.
 
 use std::cell::UnsafeCell;
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -24,6 +25,10 @@ pub trait Allocator: Send + Sync {
     /// # Safety
     /// `ptr` came from `alloc(bytes)` of the same allocator, once.
     unsafe fn free(&self, ptr: *mut u8, bytes: usize);
+    /// The same allocator for memory of a device, in the order of a stream; none: it has none.
+    fn on_device(&self, _ordinal: i32, _stream: *mut c_void) -> Option<Box<dyn Allocator>> {
+        None
+    }
 }
 
 /// The system's allocator.
@@ -50,11 +55,17 @@ impl Allocator for System {
     }
 }
 
+/// Bytes that a bucketer has now, and the most it ever had.
+#[derive(Default)]
+struct Usage {
+    bytes: AtomicU64,
+    peak: AtomicU64,
+}
+
 /// The memory of one bucketer, in use or idle.
 pub struct Pool {
     allocator: Box<dyn Allocator>,
-    bytes: AtomicU64,
-    peak: AtomicU64,
+    usage: Arc<Usage>,
     /// Released by others than the bucketer, waiting to be used again.
     returned: Mutex<Vec<u32>>,
     /// Whether released memory goes back to the allocator at once.
@@ -64,20 +75,33 @@ pub struct Pool {
 impl Pool {
     /// An empty pool.
     pub fn new(allocator: Box<dyn Allocator>) -> Arc<Pool> {
+        Pool::counted(allocator, Arc::default())
+    }
+
+    /// A pool of the same bucketer over memory of another kind, counted with it.
+    pub fn beside(&self, allocator: Box<dyn Allocator>) -> Arc<Pool> {
+        Pool::counted(allocator, self.usage.clone())
+    }
+
+    fn counted(allocator: Box<dyn Allocator>, usage: Arc<Usage>) -> Arc<Pool> {
         Arc::new(Pool {
             allocator,
-            bytes: AtomicU64::new(0),
-            peak: AtomicU64::new(0),
+            usage,
             returned: Mutex::new(Vec::new()),
             lean: AtomicBool::new(false),
         })
     }
 
-    /// Bytes that the pool has now, and the most it ever had.
+    /// Where its memory comes from.
+    pub fn allocator(&self) -> &dyn Allocator {
+        self.allocator.as_ref()
+    }
+
+    /// Bytes that the bucketer has now, and the most it ever had.
     pub fn bytes(&self) -> (u64, u64) {
         (
-            self.bytes.load(Ordering::Relaxed),
-            self.peak.load(Ordering::Relaxed),
+            self.usage.bytes.load(Ordering::Relaxed),
+            self.usage.peak.load(Ordering::Relaxed),
         )
     }
 
@@ -87,15 +111,15 @@ impl Pool {
             let text = format!("the allocator has no {bytes} bytes for a result or a bucket");
             return Err(Error::new(Status::NoMemory, text));
         }
-        let now = self.bytes.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        self.peak.fetch_max(now, Ordering::Relaxed);
+        let now = self.usage.bytes.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        self.usage.peak.fetch_max(now, Ordering::Relaxed);
         Ok(ptr)
     }
 
     /// # Safety
     /// `ptr` came from `alloc(bytes)` of this pool, once.
     unsafe fn free(&self, ptr: *mut u8, bytes: usize) {
-        self.bytes.fetch_sub(bytes as u64, Ordering::Relaxed);
+        self.usage.bytes.fetch_sub(bytes as u64, Ordering::Relaxed);
         // SAFETY: by the promise of this function.
         unsafe { self.allocator.free(ptr, bytes) }
     }

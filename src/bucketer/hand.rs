@@ -8,6 +8,7 @@ use super::queue::{self, Flight, Ops, Outcome, Queue};
 use super::{Bucketer, Completion, TICKET_BITS};
 use crate::error::{invalid, Error, Result, Status};
 use crate::lane::work::Meter;
+use crate::memory;
 
 impl<C: Copy + Send> Bucketer<C> {
     /// Launches the open bucket of a lane; a comm that has failed makes it a failed flight.
@@ -32,10 +33,17 @@ impl<C: Copy + Send> Bucketer<C> {
             }
             Err(e) => outcome = Some((open.comm.completed(lane.id).0, e.clone())),
         }
-        let outcome = outcome.map(|(done, e)| Outcome {
+        let mut outcome = outcome.map(|(done, e)| Outcome {
             done,
             failure: Some(Arc::new(e)),
         });
+        if open.comm.is_device() {
+            // Enqueued is complete.
+            outcome.get_or_insert(Outcome {
+                done: lane.taken,
+                failure: None,
+            });
+        }
         q.flights.push_back(Flight {
             first: lane.taken - open.ops.len() as u64,
             end: lane.taken,
@@ -217,8 +225,11 @@ impl<C> Hand<C> {
     /// Takes back the memory of what is handed back, but for what callbacks have kept.
     pub fn settle(&mut self, q: &mut Queue<C>) {
         for op in self.ops.range(self.settled..self.handed) {
-            if let Some(block) = op.block {
-                q.results.cache.settle(block, op.shard);
+            match op.block {
+                Some(block) => q.results.cache.settle(block, op.shard),
+                // A device comm's own.
+                None if op.shard != 0 => drop(memory::release(op.shard)),
+                None => {}
             }
         }
         self.settled = self.handed;

@@ -6,6 +6,7 @@
 //! caller runs its callback between two steps. So an exception may pass, a callback may submit, and
 //! what is still owed stays in the queue for the next call.
 
+mod device;
 mod hand;
 mod plan;
 mod queue;
@@ -68,6 +69,8 @@ pub struct Bucketer<C> {
     runner: AtomicUsize,
     /// Whether a callback has submitted direct ops, whose callbacks come right after it.
     is_due: AtomicBool,
+    /// Whether it has been used on device comms.
+    devices: AtomicBool,
     queue: Mutex<Queue<C>>,
     /// The thread that has the queue.
     holder: AtomicUsize,
@@ -118,6 +121,7 @@ impl<C: Copy + Send> Bucketer<C> {
             turn: Mutex::new(()),
             runner: AtomicUsize::new(0),
             is_due: AtomicBool::new(false),
+            devices: AtomicBool::new(false),
             counters: Counters::default(),
         })
     }
@@ -182,12 +186,14 @@ impl<C: Copy + Send> Bucketer<C> {
     /// Starts the communication of all open buckets.
     pub fn launch(&self) -> Result<Turn<'_, C>> {
         self.refuse_reentry("launch")?;
+        self.refuse_captures()?;
         Ok(Turn::new(self, Plan::launch(CallKind::Launch)))
     }
 
     /// Launches, completes and hands back everything.
     pub fn flush(&self) -> Result<Turn<'_, C>> {
         self.refuse_reentry("flush")?;
+        self.refuse_captures()?;
         Ok(Turn::new(self, Plan::launch(CallKind::Flush)))
     }
 
@@ -200,6 +206,7 @@ impl<C: Copy + Send> Bucketer<C> {
     /// Hands back everything up to the op of `ticket`. `timeout`: none waits for the comm's own.
     pub fn wait(&self, ticket: u64, timeout: Option<Duration>) -> Result<Turn<'_, C>> {
         self.refuse_reentry("wait")?;
+        self.refuse_captures()?;
         let limit = timeout.and_then(|t| Instant::now().checked_add(t));
         Ok(Turn::new(
             self,

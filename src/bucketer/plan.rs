@@ -89,7 +89,7 @@ impl<C: Copy + Send> Turn<'_, C> {
             self.batch = owed;
             return Some(Step::Batch);
         }
-        self.owed_flight(q)
+        self.owed_flight(q).or_else(|| self.enqueued(q))
     }
 
     /// # Safety
@@ -117,7 +117,7 @@ impl<C: Copy + Send> Turn<'_, C> {
     }
 
     /// Takes ops out of flight `index`, which is over as far as those, up to number `upto` of its lane.
-    fn take_out(&mut self, q: &mut Queue<C>, index: usize, upto: u64) -> Step {
+    pub(super) fn take_out(&mut self, q: &mut Queue<C>, index: usize, upto: u64) -> Step {
         self.batch = self.bucketer.take_out(q, index, upto);
         Step::Batch
     }
@@ -180,6 +180,9 @@ impl<C: Copy + Send> Turn<'_, C> {
             return Step::Done;
         };
         if ticket != 0 {
+            if comm.is_device() {
+                return self.enqueued(q).unwrap_or(Step::Done);
+            }
             // A direct op: the buckets launched before it on its comm, then its own callback.
             let direct = |q: &Queue<C>| {
                 let mut flights = q.flights.iter();
@@ -245,7 +248,7 @@ impl<C: Copy + Send> Turn<'_, C> {
         if too_large {
             // Memory that is missing is missed before anything changes.
             let bytes = ask.work.numel * ask.work.finish.output.size();
-            if ask.work.output.is_null() && q.results.reserved.is_none() {
+            if ask.work.output.is_null() && q.results.reserved.is_none() && !comm.is_device() {
                 q.results.reserved = Some((q.results.cache.take(bytes)?, bytes));
             }
             comm.prepare_next(q.lanes[index].id, ask.work.numel, &bucketer.pool)?;
@@ -310,12 +313,13 @@ impl<C: Copy + Send> Turn<'_, C> {
             }
             return Step::Again;
         }
+        let settled = self.settle(q, kind == CallKind::Flush);
         let plan = match kind {
             CallKind::Flush => Plan::Drain,
             _ => Plan::Over,
         };
         if let Plan::Launch { result, .. } = std::mem::replace(&mut self.plan, plan) {
-            self.result = result;
+            self.result = result.and(settled);
         }
         Step::Again
     }

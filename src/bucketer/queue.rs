@@ -2,6 +2,7 @@
 //! of their launch, and the ops in them.
 
 use std::collections::VecDeque;
+use std::ffi::c_void;
 use std::sync::{Arc, Weak};
 
 use super::hand::Hand;
@@ -9,7 +10,7 @@ use crate::dtype::{DType, Op};
 use crate::error::{Error, Result, Status};
 use crate::lane::work::Work;
 use crate::lane::{Endpoint, LaneId};
-use crate::memory::{Block, Cache};
+use crate::memory::{self, Block, Cache};
 
 /// An accepted op. `C` is what the caller wants back with the result.
 pub struct Pending<C> {
@@ -27,8 +28,11 @@ pub struct Pending<C> {
     pub valid: usize,
     /// Where a flat tensor's shard begins.
     pub offset: usize,
-    /// Names the memory while the callback runs, if it is ours; else 0.
+    /// Names the memory while the callback runs, if it is ours; else 0. On a device comm: a reference to it
+    /// from the beginning.
     pub shard: u64,
+    /// Device comm: in whose order the result is ready.
+    pub stream: *mut c_void,
     /// The result's memory, if it is ours.
     pub(super) block: Option<Block>,
     /// Type of the result.
@@ -308,10 +312,11 @@ impl<C> Queue<C> {
         }
         for op in ops.iter_mut().skip(from) {
             op.data = std::ptr::null_mut();
-            op.block
-                .take()
-                .into_iter()
-                .for_each(|b| self.results.cache.put(b));
+            let block = op.block.take();
+            block.into_iter().for_each(|b| self.results.cache.put(b));
+            if op.shard != 0 {
+                let _ = memory::release(std::mem::take(&mut op.shard));
+            }
             self.failed.push((op.ticket, error.clone()));
         }
     }

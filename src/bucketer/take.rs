@@ -33,6 +33,9 @@ impl<C: Copy + Send> Bucketer<C> {
         }
         let index = q.lanes.iter().position(fits).unwrap_or_else(|| {
             q.forget_dead();
+            if comm.is_device() {
+                self.devices.store(true, Ordering::Relaxed);
+            }
             q.lanes.push(Lane {
                 comm: Arc::downgrade(comm),
                 comm_id: comm.id(),
@@ -59,7 +62,13 @@ impl<C: Copy + Send> Bucketer<C> {
 
     /// The op as it waits for its end.
     #[inline]
-    fn pending(&self, ticket: u64, rank: u32, ask: &Ask<C>, block: Option<Block>) -> Pending<C> {
+    pub(super) fn pending(
+        &self,
+        ticket: u64,
+        rank: u32,
+        ask: &Ask<C>,
+        block: Option<Block>,
+    ) -> Pending<C> {
         let (offset, valid) = ask.work.place(rank);
         Pending {
             ticket,
@@ -70,6 +79,7 @@ impl<C: Copy + Send> Bucketer<C> {
             valid,
             offset,
             shard: 0,
+            stream: std::ptr::null_mut(),
             block,
             dtype: ask.work.finish.output,
         }
@@ -77,7 +87,7 @@ impl<C: Copy + Send> Bucketer<C> {
 
     /// Counts an accepted op; its ticket.
     #[inline]
-    fn count(&self, tickets: &mut u64, work: &Work) -> u64 {
+    pub(super) fn count(&self, tickets: &mut u64, work: &Work) -> u64 {
         *tickets += 1;
         let element = work.dtype.size() as u64;
         let all = work.numel as u64 * u64::from(work.size) * element;
@@ -92,7 +102,7 @@ impl<C: Copy + Send> Bucketer<C> {
 
     /// Notes the number that the bucketer has got on a comm with its first op there.
     #[cold]
-    fn first_use(&self, q: &mut Queue<C>, index: usize, ordinal: u32) {
+    pub(super) fn first_use(&self, q: &mut Queue<C>, index: usize, ordinal: u32) {
         let (comm, comm_id) = (q.lanes[index].comm.clone(), q.lanes[index].comm_id);
         for lane in q.lanes.iter_mut().filter(|l| l.comm_id == comm_id) {
             lane.ordinal = Some(ordinal);
@@ -107,7 +117,7 @@ impl<C: Copy + Send> Bucketer<C> {
 
     /// The bucketer's number on a lane's comm, and its bucket size, as ranks compare them.
     #[inline]
-    fn place(&self, lane: &Lane<C>, comm: &Endpoint) -> (u32, u64) {
+    pub(super) fn number(&self, lane: &Lane<C>, comm: &Endpoint) -> (u32, u64) {
         let ordinal = lane.ordinal.unwrap_or_else(|| comm.next_ordinal());
         (ordinal, self.bucket_bytes.unwrap_or(u64::MAX))
     }
@@ -138,7 +148,7 @@ impl<C: Copy + Send> Bucketer<C> {
         };
         let comm = &*open.comm;
         let block = results.take_for(&mut ask.work)?;
-        ask.work.bucketer = self.place(lane, comm);
+        ask.work.bucketer = self.number(lane, comm);
         let (work, rank) = (&ask.work, comm.rank());
         let mut meter = Meter::default();
         let large = work.bytes() >= TIMED;
@@ -181,8 +191,12 @@ impl<C: Copy + Send> Bucketer<C> {
             q.open(index, comm.clone());
         }
         // SAFETY: by the promise of this function.
-        let taken =
-            unsafe { self.gather(&mut q.lanes[index], &mut q.results, &mut q.tickets, ask) };
+        let taken = unsafe {
+            match comm.is_device() {
+                false => self.gather(&mut q.lanes[index], &mut q.results, &mut q.tickets, ask),
+                true => self.gather_on_device(&mut q.lanes[index], &mut q.tickets, ask),
+            }
+        };
         q.opened(index);
         if taken.is_ok() && q.lanes[index].ordinal.is_none() {
             self.first_use(q, index, ask.work.bucketer.0);
@@ -207,7 +221,13 @@ impl<C: Copy + Send> Bucketer<C> {
         let index = q.recent;
         let lane = q.lanes.get(index)?;
         let capacity = lane.capacity?;
-        if lane.comm_id != id || lane.ordinal.is_none() || q.closing || q.owes() {
+        // On device comms there is always more to do.
+        if self.has_devices()
+            || lane.comm_id != id
+            || lane.ordinal.is_none()
+            || q.closing
+            || q.owes()
+        {
             return None;
         }
         let opens = lane.open.is_none();
@@ -250,8 +270,12 @@ impl<C: Copy + Send> Bucketer<C> {
         ask: &mut Ask<C>,
         nested: bool,
     ) -> Result<u64> {
+        ask.work.bucketer = self.number(&q.lanes[index], comm);
+        if comm.is_device() {
+            // SAFETY: by the promise of this function.
+            return unsafe { self.defer(q, index, comm, ask, nested) };
+        }
         let block = q.results.take_for(&mut ask.work)?;
-        ask.work.bucketer = self.place(&q.lanes[index], comm);
         let mut meter = Meter::default();
         // SAFETY: by the promise of this function.
         let done = unsafe { comm.direct(&ask.work, &self.pool, &mut meter) };

@@ -158,6 +158,7 @@ impl Rank<'_> {
             output_is_ours: false,
             borrow: shape.borrow,
             tag: op as u64,
+            stream: std::ptr::null_mut(),
             bucketer: (0, 0),
         };
         let ask = Ask { work, payload: op };

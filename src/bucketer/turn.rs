@@ -101,7 +101,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             let spent = start.elapsed().as_nanos() as u64;
             bucketer.counters.callback_ns.add(spent);
         }
-        self.settle(&mut q);
+        self.settle_memory(&mut q);
         let mut first = self.first(&mut q);
         loop {
             let step = match first.take() {
@@ -116,7 +116,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
                     return true;
                 }
                 Step::Done => return false,
-                Step::Again => {}
+                Step::Again => first = self.enqueued(&mut q),
                 Step::NeedsTurn => {
                     // The turn comes before the queue's lock.
                     drop(q);
@@ -138,7 +138,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
         std::mem::replace(&mut self.result, Ok(()))
     }
 
-    fn settle(&mut self, q: &mut Queue<C>) {
+    fn settle_memory(&mut self, q: &mut Queue<C>) {
         for hand in [&mut self.due, &mut self.batch] {
             if hand.needs_settling() {
                 hand.settle(q);
@@ -148,7 +148,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
 
     /// Leaves what is not handed back to the next call.
     fn owe(&mut self, q: &mut Queue<C>) {
-        self.settle(q);
+        self.settle_memory(q);
         for hand in [&mut self.batch, &mut self.due] {
             if !hand.is_over() {
                 q.owed.push_front(std::mem::take(hand));

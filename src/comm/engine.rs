@@ -2,6 +2,8 @@
 //!
 //! The bucket lane drives it; src/ffi makes one of the function pointers of an `rsb_transport`.
 
+use std::ffi::c_void;
+
 use crate::dtype::{DType, Op};
 
 /// A kind of collective.
@@ -31,6 +33,10 @@ pub struct Collective {
     pub dtype: DType,
     /// SUM, MIN, MAX or PROD.
     pub op: Op,
+    /// Elements from one row of the input to the next: `count`, but for engines that take others.
+    pub stride: usize,
+    /// Device memory: where to enqueue it.
+    pub stream: *mut c_void,
 }
 
 /// What an engine can do.
@@ -46,6 +52,8 @@ pub struct Abilities {
     pub reduce_dtypes: u64,
     /// Largest count of a collective.
     pub max_count: usize,
+    /// It takes rows that lie further apart than they are long.
+    pub strided: bool,
 }
 
 /// An engine. Calls come one at a time but for `abort`; dropping it is its release.
@@ -61,4 +69,16 @@ pub trait Engine: Send + Sync {
     fn abort(&self);
     /// The engine's words for its code.
     fn describe(&self, code: i32) -> String;
+    /// What is started from here to `ungroup` is one launch, where the engine has such a thing.
+    fn group(&self) -> Result<(), i32> {
+        Ok(())
+    }
+    /// The end of a group: all of it is enqueued.
+    fn ungroup(&self) -> Result<(), i32> {
+        Ok(())
+    }
+    /// What has failed since, of what was enqueued.
+    fn health(&self) -> Result<(), i32> {
+        Ok(())
+    }
 }

@@ -1,5 +1,6 @@
 //! What ranks share: memory with a protocol over it ([`group`]), for threads or, found by a
-//! [`rendezvous`], for processes ([`shm`]); or an [`engine`] that carries collectives.
+//! [`rendezvous`], for processes ([`shm`]); or an [`engine`] that carries collectives, such as
+//! [`nccl`].
 
 pub mod control;
 pub mod engine;
@@ -7,6 +8,7 @@ pub mod group;
 pub mod keeper;
 pub mod local;
 pub mod mapping;
+pub mod nccl;
 pub mod patience;
 pub mod rendezvous;
 pub mod rundir;

@@ -76,9 +76,5 @@ pub unsafe extern "C" fn rsb_features() -> u64 {
         target_os = "linux",
         any(target_arch = "x86_64", target_arch = "aarch64")
     ));
-    if shm {
-        RSB_FEATURE_SHM
-    } else {
-        0
-    }
+    super::imp::features() | if shm { RSB_FEATURE_SHM } else { 0 }
 }

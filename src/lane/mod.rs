@@ -4,14 +4,18 @@
 //! is a [`ring`]; on an engine it is a [`bucket`]. Both count ops: a lane's ops complete in order.
 
 pub mod bucket;
+pub mod device;
+mod gpu;
 pub mod ring;
 pub mod work;
 
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::bucket::Buckets;
+use self::device::{DeviceBuckets, DIRECT};
 use self::ring::Ring;
 use self::work::{Meter, Waited, Work};
 use crate::comm::control::Layout;
@@ -43,6 +47,10 @@ pub struct Options {
     pub control: Option<Arc<Endpoint>>,
     /// Shared staging of a rank; 0: the default.
     pub staging_bytes: usize,
+    /// Device comm: the stream of inputs, and the one in whose order results are ready; null: none.
+    pub stream: *mut c_void,
+    /// See `stream`.
+    pub result_stream: *mut c_void,
 }
 
 impl Default for Options {
@@ -53,11 +61,28 @@ impl Default for Options {
             label: String::new(),
             control: None,
             staging_bytes: 0,
+            stream: std::ptr::null_mut(),
+            result_stream: std::ptr::null_mut(),
         }
     }
 }
 
 impl Options {
+    /// Host memory has no streams.
+    fn refuse_streams(&self) -> Result<()> {
+        for (name, stream) in [
+            ("stream", self.stream),
+            ("result_stream", self.result_stream),
+        ] {
+            if !stream.is_null() {
+                return Err(invalid!(
+                    "config->{name}: given for a comm of host memory; expected NULL"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn ring(&self, group: Group, origin: Origin) -> Arc<Endpoint> {
         endpoint(
             &self.label,
@@ -66,6 +91,7 @@ impl Options {
     }
 
     fn layout(&self, size: u32) -> Result<Layout> {
+        self.refuse_streams()?;
         if size == 0 || size > MAX_RANKS {
             return Err(invalid!(
                 "size: {size}; expected 1 to {MAX_RANKS} ranks on one host"
@@ -87,6 +113,7 @@ impl Options {
 enum Lanes {
     Ring(Ring, Origin),
     Buckets(Buckets),
+    Device(Box<DeviceBuckets>),
 }
 
 /// One rank's end of a group.
@@ -135,7 +162,8 @@ impl Endpoint {
         (rank, size): (u32, u32),
         options: &Options,
     ) -> Result<Arc<Endpoint>> {
-        check_custom(abilities, rank, size, options)?;
+        options.refuse_streams()?;
+        check_engine(abilities, rank, size, options)?;
         let control = options.control.clone();
         let place = (rank, size);
         let lanes = Buckets::new(
@@ -192,6 +220,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().rank(),
             Lanes::Buckets(buckets) => buckets.place().0,
+            Lanes::Device(buckets) => buckets.place().0,
         }
     }
 
@@ -201,6 +230,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().size(),
             Lanes::Buckets(buckets) => buckets.place().1,
+            Lanes::Device(buckets) => buckets.place().1,
         }
     }
 
@@ -209,6 +239,7 @@ impl Endpoint {
         let cause = match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().cause(),
             Lanes::Buckets(buckets) => buckets.cause().map(|e| Error::clone(&e)),
+            Lanes::Device(buckets) => buckets.cause().map(|e| Error::clone(&e)),
         };
         cause.map_or(Ok(()), |e| Err(self.named(e)))
     }
@@ -229,6 +260,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.group().abort(&cause),
             Lanes::Buckets(buckets) => buckets.abort(cause),
+            Lanes::Device(buckets) => buckets.abort(cause),
         }
     }
 
@@ -250,7 +282,7 @@ impl Endpoint {
     pub fn staging(&self) -> u64 {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.committed(),
-            Lanes::Buckets(_) => 0,
+            Lanes::Buckets(_) | Lanes::Device(_) => 0,
         }
     }
 
@@ -259,6 +291,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.next_ordinal(),
             Lanes::Buckets(buckets) => buckets.next_ordinal(),
+            Lanes::Device(buckets) => buckets.next_ordinal(),
         }
     }
 
@@ -267,6 +300,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.open_lane(dtype, op),
             Lanes::Buckets(buckets) => buckets.open_lane(dtype, op),
+            Lanes::Device(buckets) => buckets.open_lane(dtype, op),
         }
     }
 
@@ -275,13 +309,16 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.close_lane(id),
             Lanes::Buckets(buckets) => buckets.close_lane(id),
+            Lanes::Device(buckets) => buckets.close_lane(id),
         }
     }
 
     /// Frees the idle buckets of a lane. A comm's staging stays.
     pub fn release_buffers(&self, id: LaneId) {
-        if let Lanes::Buckets(buckets) = &self.lanes {
-            buckets.release_buffers(id);
+        match &self.lanes {
+            Lanes::Ring(..) => {}
+            Lanes::Buckets(buckets) => buckets.release_buffers(id),
+            Lanes::Device(buckets) => buckets.release_buffers(id),
         }
     }
 
@@ -291,6 +328,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(..) => Ok(()),
             Lanes::Buckets(buckets) => buckets.prepare_next(id, numel, pool),
+            Lanes::Device(buckets) => self.naming(buckets.prepare_next(id, pool)),
         }
     }
 
@@ -312,6 +350,7 @@ impl Endpoint {
             match &self.lanes {
                 Lanes::Ring(ring, _) => ring.submit(id, work, meter),
                 Lanes::Buckets(buckets) => buckets.submit(id, work, pool, meter),
+                Lanes::Device(_) => Err(only_on_host()),
             }
         })
     }
@@ -321,6 +360,7 @@ impl Endpoint {
         self.naming(match &self.lanes {
             Lanes::Ring(ring, _) => ring.announce(call, meter),
             Lanes::Buckets(buckets) => buckets.announce(call, meter),
+            Lanes::Device(buckets) => buckets.announce(call),
         })
     }
 
@@ -329,6 +369,7 @@ impl Endpoint {
         self.naming(match &self.lanes {
             Lanes::Ring(ring, _) => ring.launch(id, meter),
             Lanes::Buckets(buckets) => buckets.launch(id, meter),
+            Lanes::Device(buckets) => buckets.launch(id),
         })
     }
 
@@ -342,6 +383,7 @@ impl Endpoint {
             match &self.lanes {
                 Lanes::Ring(ring, _) => ring.direct(work, meter),
                 Lanes::Buckets(buckets) => buckets.direct(work, pool, meter),
+                Lanes::Device(_) => Err(only_on_host()),
             }
         })
     }
@@ -351,6 +393,7 @@ impl Endpoint {
         let (count, failure) = match &self.lanes {
             Lanes::Ring(ring, _) => ring.completed(id),
             Lanes::Buckets(buckets) => buckets.completed(id),
+            Lanes::Device(buckets) => buckets.completed(id),
         };
         (count, failure.map(|e| self.named(Error::clone(&e))))
     }
@@ -360,6 +403,7 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.carry_on(meter),
             Lanes::Buckets(buckets) => buckets.carry_on(meter),
+            Lanes::Device(buckets) => buckets.carry_on(),
         }
     }
 
@@ -374,6 +418,13 @@ impl Endpoint {
         match &self.lanes {
             Lanes::Ring(ring, _) => ring.wait(id, target, limit, meter),
             Lanes::Buckets(buckets) => buckets.wait(id, target, limit, meter),
+            Lanes::Device(buckets) => {
+                if id == DIRECT {
+                    // What fails is told by `completed`.
+                    let _ = buckets.settle(false);
+                }
+                Waited::Over
+            }
         }
     }
 
@@ -389,9 +440,18 @@ impl Endpoint {
             match &self.lanes {
                 Lanes::Ring(ring, _) => ring.all_gather(input, output, bytes, &mut meter),
                 Lanes::Buckets(buckets) => buckets.all_gather(input, output, bytes, &mut meter),
+                Lanes::Device(buckets) => buckets.all_gather(input, output, bytes),
             }
         })
     }
+}
+
+/// What is asked of a host comm alone was asked of a device comm.
+fn only_on_host() -> Error {
+    Error::new(
+        Status::Panic,
+        "a device comm was asked for a host comm's work",
+    )
 }
 
 fn check_rank(rank: u32, size: u32) -> Result<()> {
@@ -404,7 +464,7 @@ fn check_rank(rank: u32, size: u32) -> Result<()> {
     Ok(())
 }
 
-fn check_custom(abilities: Abilities, rank: u32, size: u32, options: &Options) -> Result<()> {
+fn check_engine(abilities: Abilities, rank: u32, size: u32, options: &Options) -> Result<()> {
     if size == 0 || size > i32::MAX as u32 {
         return Err(invalid!("size: {size}; expected 1 to {}", i32::MAX));
     }
@@ -421,7 +481,7 @@ fn check_custom(abilities: Abilities, rank: u32, size: u32, options: &Options) -
         ));
     }
     if let Some(control) = &options.control {
-        if matches!(control.lanes, Lanes::Buckets(_)) {
+        if !matches!(control.lanes, Lanes::Ring(..)) {
             return Err(invalid!(
                 "control: a comm on a transport; expected a local or shm comm"
             ));

@@ -1,5 +1,6 @@
 //! One op as a lane sees it: where its input lies, where its result goes, what is asked.
 
+use std::ffi::c_void;
 use std::time::Instant;
 
 use crate::dtype::{DType, Finish, Op};
@@ -43,6 +44,8 @@ pub struct Work {
     pub borrow: bool,
     /// Which tensor this is.
     pub tag: u64,
+    /// Device memory: the stream of its input; null: the comm's.
+    pub stream: *mut c_void,
     /// The bucketer's number on the comm, and its bucket size, as ranks compare them.
     pub bucketer: (u32, u64),
 }

@@ -30,8 +30,8 @@ fn bucketer_of(handle: *const rsb_bucketer) -> Result<Pinned<'static, Bucketer<C
 type Alloc = unsafe extern "C" fn(*mut c_void, usize, usize, i32, *mut c_void) -> *mut c_void;
 type Free = unsafe extern "C" fn(*mut c_void, *mut c_void, usize, i32, *mut c_void);
 
-/// The caller's allocator, for host memory. Released when dropped, once it is armed.
-struct Hook {
+/// The caller's allocator. Released when dropped, once it is armed.
+struct Functions {
     ctx: *mut c_void,
     alloc: Alloc,
     free: Free,
@@ -39,7 +39,18 @@ struct Hook {
     armed: Arc<AtomicBool>,
 }
 
+/// The caller's allocator, for one kind of memory.
+struct Hook {
+    functions: Arc<Functions>,
+    device: i32,
+    stream: *mut c_void,
+}
+
 // SAFETY: the header asks for an allocator that may be called on any thread.
+unsafe impl Send for Functions {}
+// SAFETY: as above.
+unsafe impl Sync for Functions {}
+// SAFETY: as above; a stream is only handed on.
 unsafe impl Send for Hook {}
 // SAFETY: as above.
 unsafe impl Sync for Hook {}
@@ -49,18 +60,27 @@ const HOST: i32 = -1;
 
 impl Allocator for Hook {
     fn alloc(&self, bytes: usize) -> *mut u8 {
-        let stream = std::ptr::null_mut();
+        let f = &self.functions;
         // SAFETY: the function is the caller's, made for this.
-        unsafe { (self.alloc)(self.ctx, bytes, ALIGN, HOST, stream) }.cast()
+        unsafe { (f.alloc)(f.ctx, bytes, ALIGN, self.device, self.stream) }.cast()
     }
 
     unsafe fn free(&self, ptr: *mut u8, bytes: usize) {
+        let f = &self.functions;
         // SAFETY: `ptr` came from `alloc`, by the promise of this function.
-        unsafe { (self.free)(self.ctx, ptr.cast(), bytes, HOST, std::ptr::null_mut()) }
+        unsafe { (f.free)(f.ctx, ptr.cast(), bytes, self.device, self.stream) }
+    }
+
+    fn on_device(&self, ordinal: i32, stream: *mut c_void) -> Option<Box<dyn Allocator>> {
+        Some(Box::new(Hook {
+            functions: self.functions.clone(),
+            device: ordinal,
+            stream,
+        }))
     }
 }
 
-impl Drop for Hook {
+impl Drop for Functions {
     fn drop(&mut self) {
         if let (true, Some(release)) = (self.armed.load(Ordering::Acquire), self.release) {
             // SAFETY: once, last, and only after create has returned OK.
@@ -92,12 +112,17 @@ pub unsafe fn bucketer_create(
                 let hook: rsb_allocator = unsafe { structure(c.allocator, "config->allocator")? };
                 let missing =
                     |name: &str| invalid!("config->allocator->{name}: NULL; expected a function");
-                allocator = Box::new(Hook {
+                let functions = Arc::new(Functions {
                     ctx: hook.ctx,
                     alloc: hook.alloc.ok_or_else(|| missing("alloc"))?,
                     free: hook.free.ok_or_else(|| missing("free"))?,
                     release: hook.release,
                     armed: armed.clone(),
+                });
+                allocator = Box::new(Hook {
+                    functions,
+                    device: HOST,
+                    stream: std::ptr::null_mut(),
                 });
             }
         }
@@ -150,7 +175,7 @@ unsafe fn call_back(done: &Completion<'_, Callback>) {
         numel: op.numel,
         valid_numel: op.valid,
         offset: op.offset,
-        stream: std::ptr::null_mut(),
+        stream: op.stream,
         shard: op.shard as *mut rsb_shard,
         error,
         status: status.code(),

@@ -8,8 +8,13 @@ use std::time::Duration;
 use super::engine::Transport;
 use super::read::{given, overlap, structure, text};
 use super::{answer, guarded, hook_panics, look_up, too_many};
+use crate::comm::nccl::Library;
+use crate::cuda::driver::Driver;
 use crate::error::{invalid, unsupported, Result, Status};
-use crate::ffi::{rsb_comm, rsb_comm_config, rsb_error, rsb_status, rsb_transport, RSB_COMM_EXACT};
+use crate::ffi::{
+    rsb_comm, rsb_comm_config, rsb_error, rsb_status, rsb_transport, RSB_COMM_EXACT,
+    RSB_FEATURE_CUDA, RSB_FEATURE_NCCL, RSB_TRANSPORT_DEVICE,
+};
 use crate::handle::{Pinned, Table};
 use crate::lane::{Endpoint, Options};
 use crate::layout::total_bytes;
@@ -57,13 +62,7 @@ unsafe fn options(config: *const rsb_comm_config) -> Result<Options> {
             c.flags
         ));
     }
-    for (name, stream) in [("stream", c.stream), ("result_stream", c.result_stream)] {
-        if !stream.is_null() {
-            return Err(invalid!(
-                "config->{name}: given for a comm of host memory; expected NULL"
-            ));
-        }
-    }
+    (options.stream, options.result_stream) = (c.stream, c.result_stream);
     options.timeout = match c.timeout_ns {
         0 => options.timeout,
         u64::MAX => None,
@@ -148,16 +147,39 @@ pub unsafe fn comm_create_shm(
     unsafe { answer(guarded(create), err) }
 }
 
+/// What of the GPU's side is usable: libcuda and libnccl are looked for, and loaded.
+pub fn features() -> u64 {
+    let usable = guarded(|| {
+        Driver::get()?;
+        Ok(RSB_FEATURE_CUDA | Library::get().map_or(0, |_| RSB_FEATURE_NCCL))
+    });
+    usable.unwrap_or(0)
+}
+
 pub unsafe fn comm_wrap_nccl(
-    _nccl_comm: *mut c_void,
-    _config: *const rsb_comm_config,
-    _out_comm: *mut *mut rsb_comm,
+    nccl_comm: *mut c_void,
+    config: *const rsb_comm_config,
+    out_comm: *mut *mut rsb_comm,
     err: *mut rsb_error,
 ) -> rsb_status {
-    let e =
-        unsupported!("rsb_comm_wrap_nccl: this version is built without NCCL; see rsb_features()");
+    let create = || {
+        hook_panics();
+        given(out_comm, "out_comm")?;
+        // SAFETY: the caller keeps the rules of the header.
+        let end = unsafe { Endpoint::nccl(nccl_comm, &options(config)?)? };
+        let (rank, size) = (end.rank(), end.size());
+        let handle = insert(end)?;
+        // SAFETY: there is room for a handle.
+        unsafe { out_comm.write(handle) };
+        log::write(
+            log::Level::Info,
+            "comm",
+            format_args!("rank {rank} of {size} on NCCL"),
+        );
+        Ok(())
+    };
     // SAFETY: err is NULL or may be written.
-    unsafe { answer(Err(e), err) }
+    unsafe { answer(guarded(create), err) }
 }
 
 pub unsafe fn comm_create_custom(
@@ -174,8 +196,11 @@ pub unsafe fn comm_create_custom(
         // SAFETY: the caller keeps the rules of the header.
         let (table, options) = unsafe { (structure(transport, "transport")?, options(config)?) };
         let (engine, abilities) = Transport::new(table)?;
-        let armed = engine.armed();
-        let end = Endpoint::custom(Box::new(engine), abilities, (rank, size), &options)?;
+        let (armed, engine, place) = (engine.armed(), Box::new(engine), (rank, size));
+        let end = match table.flags & RSB_TRANSPORT_DEVICE {
+            0 => Endpoint::custom(engine, abilities, place, &options)?,
+            _ => Endpoint::device(engine, abilities, place, &options)?,
+        };
         let handle = insert(end)?;
         armed.store(true, Ordering::Release);
         // SAFETY: there is room for a handle.

@@ -44,11 +44,6 @@ impl Transport {
                 "transport->flags: {flags:#x}; expected bits of {known:#x}"
             ));
         }
-        if flags & RSB_TRANSPORT_DEVICE != 0 {
-            return Err(unsupported!(
-                "transport->flags: DEVICE is not supported by this version"
-            ));
-        }
         if flags & (RSB_TRANSPORT_REDUCE_SCATTER | RSB_TRANSPORT_ALL_TO_ALL) == 0 {
             return Err(invalid!(
                 "transport->flags: {flags:#x}; expected REDUCE_SCATTER or ALL_TO_ALL"
@@ -73,6 +68,7 @@ impl Transport {
             } else {
                 table.max_count
             },
+            strided: false,
         };
         Ok((transport, abilities))
     }
@@ -94,7 +90,7 @@ impl Engine for Transport {
             dtype: c.dtype as u32,
             op: c.op as u32,
             reserved: 0,
-            stream: std::ptr::null_mut(),
+            stream: c.stream,
         };
         let mut request = std::ptr::null_mut();
         // SAFETY: the function is the caller's, made for this; coll lives during the call.

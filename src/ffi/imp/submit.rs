@@ -65,6 +65,7 @@ pub unsafe fn plain(comm: &Endpoint, args: &rsb_submit_args) -> Option<Ask<Callb
         output_is_ours: false,
         borrow: args.flags != 0,
         tag: args.tag,
+        stream: std::ptr::null_mut(),
         bucketer: (0, 0),
     };
     let payload = Callback {
@@ -104,7 +105,7 @@ pub unsafe fn check(comm: &Endpoint, args: &rsb_submit_args) -> Result<Ask<Callb
             "output: NULL with RSB_SUBMIT_ACCUMULATE; expected memory to add to"
         ));
     }
-    if !args.stream.is_null() {
+    if !args.stream.is_null() && !comm.is_device() {
         return Err(invalid!(
             "stream: given for a comm of host memory; expected NULL"
         ));
@@ -131,6 +132,7 @@ pub unsafe fn check(comm: &Endpoint, args: &rsb_submit_args) -> Result<Ask<Callb
             output_is_ours: false,
             borrow: args.flags & RSB_SUBMIT_BORROW != 0,
             tag: args.tag,
+            stream: args.stream,
             bucketer: (0, 0),
         },
         payload: Callback {
@@ -141,6 +143,24 @@ pub unsafe fn check(comm: &Endpoint, args: &rsb_submit_args) -> Result<Ask<Callb
     if !args.output.is_null() {
         // SAFETY: the rows were checked to be there.
         unsafe { check_output(comm, &ask.work)? };
+    }
+    if comm.is_device() {
+        let work = &ask.work;
+        let output = (work.numel > 0 && !work.output.is_null()).then_some(work.output.cast_const());
+        let output = output.map(|o| (o, "output", None));
+        let flat = match work.rows {
+            Rows::Flat { data, .. } => Some((data, "flat_input", None)),
+            Rows::Pieces(_) => None,
+        };
+        let pieces = (0..comm.size()).filter_map(|r| match work.rows {
+            Rows::Pieces(pieces) if work.numel > 0 => {
+                // SAFETY: the rows were checked to be there.
+                let piece = unsafe { *pieces.add(r as usize) };
+                Some((piece, "inputs", Some(r)))
+            }
+            _ => None,
+        });
+        comm.vet(pieces.chain(flat).chain(output), work.stream)?;
     }
     Ok(ask)
 }

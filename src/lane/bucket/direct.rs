@@ -116,6 +116,8 @@ impl Buckets {
                 count,
                 dtype: DType::U8,
                 op: Op::Sum,
+                stride: count,
+                stream: std::ptr::null_mut(),
             });
             done += count;
         }
@@ -130,7 +132,7 @@ impl Buckets {
 ///
 /// # Safety
 /// The input of `work` is readable.
-unsafe fn contiguous(work: &Work) -> Option<*const u8> {
+pub unsafe fn contiguous(work: &Work) -> Option<*const u8> {
     match work.rows {
         Rows::Flat { data, total } => (total == work.numel * work.size as usize).then_some(data),
         Rows::Pieces(_) => {

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+pub use self::direct::contiguous;
 use self::open::{BucketLane, Route};
 use self::unit::Unit;
 use super::work::{Meter, Work};

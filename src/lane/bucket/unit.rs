@@ -169,6 +169,8 @@ impl Unit {
                 count,
                 dtype: DType::U8,
                 op: Op::Sum,
+                stride: count,
+                stream: std::ptr::null_mut(),
             });
             done += count;
         }
@@ -241,6 +243,8 @@ impl Unit {
                 count,
                 dtype: self.dtype,
                 op,
+                stride: count,
+                stream: std::ptr::null_mut(),
             });
             done += count;
         }

@@ -1,0 +1,139 @@
+// The library's kernels, from their own source, made for the host: the same source, not the same PTX.
+#include <cstring>
+
+#include "machine.h"
+
+// What the source takes from CUDA.
+#define __global__ __attribute__((visibility("hidden")))
+#define __device__
+#define __forceinline__ inline
+#define __noinline__
+#define GIVEN(T) const T & // by reference: a thread is a call here
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"
+
+namespace {
+
+struct Place {
+  unsigned x, y, z;
+};
+thread_local Place threadIdx, blockIdx;
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+template <class To, class From> To bits(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+float __uint_as_float(unsigned v) { return bits<float>(v); }
+unsigned __float_as_uint(float v) { return bits<unsigned>(v); }
+double __longlong_as_double(long long v) { return bits<double>(v); }
+long long __double_as_longlong(double v) { return bits<long long>(v); }
+float __fadd_rn(float a, float b) { return a + b; }
+float __fmul_rn(float a, float b) { return a * b; }
+float __fdiv_rn(float a, float b) { return a / b; }
+double __dadd_rn(double a, double b) { return a + b; }
+double __dmul_rn(double a, double b) { return a * b; }
+double __ddiv_rn(double a, double b) { return a / b; }
+float __double2float_rn(double v) { return (float)v; }
+
+namespace source {
+#include "../../src/cuda/kernels.cu"
+} // namespace source
+
+using source::Float;
+using source::Pack;
+using source::Reduce;
+
+// ---- What launches access: blocks, memory, addresses that the host reaches -------------------------------
+
+template <unsigned N> unsigned pack_blocks(const void *params) {
+  auto *p = (const Pack<N> *)params;
+  return p->segments == 0 || p->segments > N ? 0 : p->segment[p->segments - 1].end;
+}
+
+template <unsigned N, unsigned IN, unsigned OUT> std::vector<fake::Access> pack_accesses(const void *params) {
+  auto *p = (const Pack<N> *)params;
+  std::vector<fake::Access> all;
+  for (unsigned i = 0; i < p->segments && i < N; i++) {
+    auto &s = p->segment[i];
+    uint64_t src = (uint64_t)s.src, dst = (uint64_t)p->dst + s.at * OUT;
+    uint64_t rows = s.flat == 0 ? 1 : p->rows, pad = s.flat == 0 ? 0 : s.flat - 1;
+    all.push_back({src, (rows * s.count - pad) * IN, false});
+    for (uint64_t r = 0; r < rows; r++) all.push_back({dst + r * p->stride * OUT, s.count * OUT, true});
+  }
+  return all;
+}
+
+template <unsigned N> void pack_translate(void *params) {
+  auto *p = (Pack<N> *)params;
+  p->dst = (unsigned char *)fake::reach((uint64_t)p->dst);
+  for (unsigned i = 0; i < p->segments; i++) p->segment[i].src = (unsigned char *)fake::reach((uint64_t)p->segment[i].src);
+}
+
+unsigned reduce_blocks(const void *params) {
+  auto *p = (const Reduce *)params;
+  return p->segments == 0 || p->segments > 101 || p->rows == 0 ? 0 : p->segment[p->segments - 1].end;
+}
+
+template <unsigned IN> std::vector<fake::Access> reduce_accesses(const void *params) {
+  auto *p = (const Reduce *)params;
+  const unsigned sizes[] = {0, 4, 8, 2, 2, 4, 8, 1, 1};
+  std::vector<fake::Access> all;
+  for (unsigned i = 0; i < p->segments && i < 101; i++) {
+    auto &s = p->segment[i];
+    unsigned out = sizes[s.output % 0x100 % 9];
+    for (uint64_t r = 0; r < p->rows; r++) all.push_back({(uint64_t)p->src + (r * p->stride + s.at) * IN, s.count * IN, false});
+    if (s.output >= 0x100) all.push_back({(uint64_t)s.dst, s.count * out, false});
+    all.push_back({(uint64_t)s.dst, s.count * out, true});
+  }
+  return all;
+}
+
+void reduce_translate(void *params) {
+  auto *p = (Reduce *)params;
+  p->src = (unsigned char *)fake::reach((uint64_t)p->src);
+  for (unsigned i = 0; i < p->segments; i++) p->segment[i].dst = (unsigned char *)fake::reach((uint64_t)p->segment[i].dst);
+}
+
+template <class P, void (*KERNEL)(const P &)> void run(const void *params, unsigned block) {
+  blockIdx = {block, 0, 0};
+  for (unsigned t = 0; t < 256; t++) {
+    threadIdx = {t, 0, 0};
+    KERNEL(*(const P *)params);
+  }
+}
+
+#define PACKED(NAME, N, IN, OUT)                                                                          \
+  {                                                                                                       \
+#NAME, sizeof(Pack<N>), pack_blocks<N>, pack_accesses<N, IN, OUT>, run<Pack<N>, source::NAME>, pack_translate<N> \
+  }
+#define REDUCED(T)                                                                                               \
+  {                                                                                                              \
+    "rsb_reduce_" #T, sizeof(Reduce), reduce_blocks, reduce_accesses<sizeof(source::T)>, run<Reduce, source::rsb_reduce_##T>, \
+        reduce_translate                                                                                         \
+  }
+
+const fake::Kernel KERNELS[] = {
+    PACKED(rsb_pack_raw, 127, 1, 1),      PACKED(rsb_pack_raw_few, 16, 1, 1),
+    PACKED(rsb_pack_f16_f32, 127, 2, 4),  PACKED(rsb_pack_f16_f32_few, 16, 2, 4),
+    PACKED(rsb_pack_bf16_f32, 127, 2, 4), PACKED(rsb_pack_bf16_f32_few, 16, 2, 4),
+    REDUCED(f32),                         REDUCED(f64),
+    REDUCED(f16),                         REDUCED(bf16),
+    REDUCED(i32),                         REDUCED(i64),
+    REDUCED(u8),                          REDUCED(i8),
+};
+
+} // namespace
+
+const fake::Kernel *fake::kernel_named(const std::string &name) {
+  for (auto &kernel : KERNELS)
+    if (name == kernel.name) return &kernel;
+  return nullptr;
+}

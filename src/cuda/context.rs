@@ -1,0 +1,178 @@
+//! The context that a comm works in: pushed around our calls, so that the caller's own stays current
+//! before and after them.
+
+use std::ffi::c_int;
+
+use cudarc::driver::sys::{CUcontext, CUstream};
+
+use super::driver::{Driver, SUCCESS};
+use crate::error::{invalid, Result};
+
+/// A context, and whether a reference to it is ours.
+pub struct Context {
+    driver: &'static Driver,
+    raw: CUcontext,
+    ordinal: i32,
+    retained: bool,
+}
+
+// SAFETY: contexts may be current in several threads at once.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`: our polling must not spoil a capture that goes on elsewhere.
+const RELAXED: c_int = 2;
+
+/// While it lives, the context is this thread's current one.
+pub struct Entered<'a> {
+    driver: &'a Driver,
+    mode: Option<c_int>,
+}
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        let mut popped = std::ptr::null_mut();
+        // SAFETY: undoes on the same thread what was done when this was made.
+        unsafe {
+            if let Some(mode) = &mut self.mode {
+                (self.driver.cuThreadExchangeStreamCaptureMode)(mode);
+            }
+            // Once more, should it fail: the caller's context must be current again.
+            if (self.driver.cuCtxPopCurrent_v2)(&mut popped) != SUCCESS {
+                (self.driver.cuCtxPopCurrent_v2)(&mut popped);
+            }
+        }
+    }
+}
+
+impl Context {
+    /// The current context of this thread, if there is one.
+    fn current(driver: &'static Driver) -> Result<Option<Context>> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: `raw` receives a context or null.
+        let code = unsafe { (driver.cuCtxGetCurrent)(&mut raw) };
+        driver.check(code, "cuCtxGetCurrent")?;
+        if raw.is_null() {
+            return Ok(None);
+        }
+        let mut ordinal = 0;
+        // SAFETY: a context is current.
+        let code = unsafe { (driver.cuCtxGetDevice)(&mut ordinal) };
+        driver.check(code, "cuCtxGetDevice")?;
+        Ok(Some(Context {
+            driver,
+            raw,
+            ordinal,
+            retained: false,
+        }))
+    }
+
+    /// The current context, which a custom engine works in.
+    pub fn of_caller(driver: &'static Driver) -> Result<Context> {
+        Context::current(driver)?.ok_or_else(|| {
+            invalid!("transport->flags: DEVICE, and no CUDA context is current; expected one")
+        })
+    }
+
+    /// The context of device `ordinal`: the current one if it is of that device, else the primary one.
+    pub fn of_device(driver: &'static Driver, ordinal: i32) -> Result<Context> {
+        if let Some(current) = Context::current(driver)?.filter(|c| c.ordinal == ordinal) {
+            return Ok(current);
+        }
+        let (mut device, mut raw) = (0, std::ptr::null_mut());
+        // SAFETY: both receive what they are made for.
+        unsafe {
+            driver.check((driver.cuDeviceGet)(&mut device, ordinal), "cuDeviceGet")?;
+            driver.check(
+                (driver.cuDevicePrimaryCtxRetain)(&mut raw, device),
+                "cuDevicePrimaryCtxRetain",
+            )?;
+        }
+        Ok(Context {
+            driver,
+            raw,
+            ordinal,
+            retained: true,
+        })
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &'static Driver {
+        self.driver
+    }
+
+    /// The device.
+    pub fn ordinal(&self) -> i32 {
+        self.ordinal
+    }
+
+    /// Makes the context current while the result lives.
+    pub fn enter(&self) -> Result<Entered<'_>> {
+        // SAFETY: the context lives while this comm does: by our reference, or by the caller's.
+        let code = unsafe { (self.driver.cuCtxPushCurrent_v2)(self.raw) };
+        self.driver.check(code, "cuCtxPushCurrent")?;
+        let mut entered = Entered {
+            driver: self.driver,
+            mode: None,
+        };
+        let mut mode = RELAXED;
+        // SAFETY: `mode` is an int; it receives the thread's own mode.
+        let code = unsafe { (self.driver.cuThreadExchangeStreamCaptureMode)(&mut mode) };
+        self.driver
+            .check(code, "cuThreadExchangeStreamCaptureMode")?;
+        entered.mode = Some(mode);
+        Ok(entered)
+    }
+
+    /// The same for an end that must be made: tried once more.
+    pub fn enter_to_end(&self) -> Result<Entered<'_>> {
+        self.enter().or_else(|_| self.enter())
+    }
+
+    /// Refuses a stream of another device. The context is current.
+    pub(crate) fn check_stream(&self, stream: CUstream, name: &str) -> Result<()> {
+        if stream.is_null() {
+            return Ok(());
+        }
+        let (mut owner, mut device): (CUcontext, c_int) = (std::ptr::null_mut(), -1);
+        // SAFETY: the stream is the caller's, live by the header's rule.
+        let code = unsafe { (self.driver.cuStreamGetCtx)(stream, &mut owner) };
+        if code != SUCCESS {
+            return Err(invalid!(
+                "{name}: cuStreamGetCtx says {}; expected a stream of device {}",
+                self.driver.name(code),
+                self.ordinal
+            ));
+        }
+        if owner != self.raw {
+            // SAFETY: the stream's context is live.
+            unsafe {
+                let pushed = (self.driver.cuCtxPushCurrent_v2)(owner);
+                self.driver.check(pushed, "cuCtxPushCurrent")?;
+                let _entered = Entered {
+                    driver: self.driver,
+                    mode: None,
+                };
+                let code = (self.driver.cuCtxGetDevice)(&mut device);
+                self.driver.check(code, "cuCtxGetDevice")?;
+            }
+            if device != self.ordinal {
+                return Err(invalid!(
+                    "{name}: a stream of device {device}; expected one of device {}, the comm's",
+                    self.ordinal
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if self.retained {
+            // SAFETY: retained once when this was made.
+            Driver::end(|| unsafe { (self.driver.cuDevicePrimaryCtxRelease_v2)(self.ordinal) });
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! A GPU as comms use it: its driver ([`driver`]), context, streams, events, memory and our kernels.
+//!
+//! Nothing here waits for the device: what has to come later is enqueued behind an event, and what is
+//! over is found by polling.
+
+pub mod context;
+pub mod driver;
+pub mod event;
+pub mod kernels;
+pub mod memory;
+pub mod stream;
+
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use self::context::{Context, Entered};
+use self::driver::{Address, Driver, SUCCESS};
+use self::event::Event;
+use self::kernels::Kernels;
+use self::stream::Stream;
+use crate::error::{invalid, Result};
+
+pub use cudarc::driver::sys::CUstream;
+
+/// What a comm has on its GPU.
+pub struct Device {
+    kernels: Kernels,
+    /// Where collectives run, ahead of other work.
+    comm: Stream,
+    /// In whose order buckets are had and given back. It carries no work, so memory is there at once.
+    memory: Stream,
+    context: Arc<Context>,
+    /// Whether kernels may still wait to run when this is dropped.
+    busy: AtomicBool,
+}
+
+impl Device {
+    /// Streams and kernels in a context.
+    pub fn new(context: Context) -> Result<Arc<Device>> {
+        let context = Arc::new(context);
+        let entered = context.enter()?;
+        let device = Device {
+            comm: Stream::new(&context, true)?,
+            memory: Stream::new(&context, false)?,
+            kernels: Kernels::load(&context)?,
+            context: context.clone(),
+            busy: AtomicBool::new(false),
+        };
+        drop(entered);
+        Ok(Arc::new(device))
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &'static Driver {
+        self.context.driver()
+    }
+
+    /// The kernels.
+    pub fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+
+    /// The stream of collectives.
+    pub fn comm(&self) -> CUstream {
+        self.comm.raw()
+    }
+
+    /// The stream in whose order buckets come and go.
+    pub fn memory(&self) -> CUstream {
+        self.memory.raw()
+    }
+
+    /// Its context.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Its context made current while the result lives.
+    pub fn enter(&self) -> Result<Entered<'_>> {
+        self.context.enter()
+    }
+
+    /// Kernels still wait to run as this goes: unloading them would wait for the device, so they stay.
+    pub fn keep_kernels(&self) {
+        self.busy.store(true, Ordering::Relaxed);
+    }
+
+    /// A new event. The context is current.
+    pub fn event(&self) -> Result<Event> {
+        Event::new(&self.context)
+    }
+
+    /// Copies memory of the device in `stream`.
+    ///
+    /// # Safety
+    /// Both have `bytes` bytes until `stream` has passed.
+    pub unsafe fn copy(
+        &self,
+        to: *mut u8,
+        from: *const u8,
+        bytes: usize,
+        stream: CUstream,
+    ) -> Result<()> {
+        // SAFETY: by the promise of this function.
+        let code =
+            unsafe { (self.driver().cuMemcpyAsync)(to as Address, from as Address, bytes, stream) };
+        self.driver().check(code, "cuMemcpyAsync")
+    }
+
+    /// Refuses what is not memory of this device. The context is current.
+    pub fn check_pointer(&self, pointer: *const u8, name: impl Fn() -> String) -> Result<()> {
+        const MEMORY_TYPE: i32 = 2;
+        const DEVICE_ORDINAL: i32 = 9;
+        const OF_DEVICE: u32 = 2;
+        let driver = self.driver();
+        let ask = |attribute: i32, into: *mut c_void| {
+            // SAFETY: both attributes are four bytes; any number may be asked about.
+            unsafe { (driver.cuPointerGetAttribute)(into, attribute, pointer as Address) }
+        };
+        let (mut kind, mut ordinal) = (0u32, -1i32);
+        // A code here says that the pointer is unknown to the driver: plain host memory.
+        if ask(MEMORY_TYPE, (&raw mut kind).cast()) != SUCCESS || kind != OF_DEVICE {
+            return Err(invalid!(
+                "{}: {pointer:p} is host memory; expected memory of device {}",
+                name(),
+                self.context.ordinal()
+            ));
+        }
+        let code = ask(DEVICE_ORDINAL, (&raw mut ordinal).cast());
+        if code != SUCCESS || ordinal != self.context.ordinal() {
+            return Err(invalid!(
+                "{}: {pointer:p} is memory of device {ordinal}; expected device {}",
+                name(),
+                self.context.ordinal()
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if let Ok(_entered) = self.context.enter_to_end() {
+            if !self.busy.load(Ordering::Relaxed) {
+                self.kernels.unload();
+            }
+        }
+    }
+}
