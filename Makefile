@@ -10,7 +10,8 @@ CC    ?= cc
 JOBS  ?= 2
 RANKS ?= 4
 
-.PHONY: demo lib test lint rust c sanitize tsan models models-slice memcheck bench bench-torch header clean
+.PHONY: demo lib test lint rust c sanitize tsan models models-slice memcheck bench bench-torch header ptx ptx-check
+.PHONY: clean
 
 demo: target/demo/train_digits
 	target/demo/train_digits --ranks $(RANKS) --data data/digits.csv
@@ -93,6 +94,13 @@ lint:
 # Writes include/rsbucket.h anew from src/ffi.
 header:
 	RSBUCKET_UPDATE_HEADER=1 $(CARGO) test --locked --test header committed_header_is_current
+
+# Makes the GPU kernels' text anew from src/cuda/*.cu, or checks that it is what they make and assembles it for
+# every architecture: no GPU is needed, the compiler comes from PyPI (312 MB under target/, half a minute).
+ptx:
+	tools/make_ptx
+ptx-check:
+	tools/make_ptx --check
 
 clean:
 	rm -rf build target

@@ -80,6 +80,10 @@ typedef struct {
   float first[TENSORS]; /* of each shard, when its stream has come to it */
 } rank_args;
 
+/* Ranks that share a GPU must not allocate or free there while another's collective waits for them: that may wait for the
+ * whole device. */
+static pthread_barrier_t together;
+
 typedef struct { float *to; } destination;
 
 /* "Enqueued": the shard is ready in the order of result->stream. So the copy goes there, and nobody waits. */
@@ -109,6 +113,7 @@ static void *run(void *given) {
     must(cu.to_device(tensors[t], host, bytes), "cuMemcpyHtoD");
   }
 
+  pthread_barrier_wait(&together);
   rsb_comm_config config = RSB_COMM_CONFIG_INIT;
   config.stream = stream;
   config.result_stream = stream;
@@ -135,6 +140,7 @@ static void *run(void *given) {
   rsb_bucketer_free(bucketer);
   rsb_comm_free(wrapped);
   must(cu.stream_synchronize(stream), "cuStreamSynchronize");
+  pthread_barrier_wait(&together);
   must(nccl.destroy(comm), "ncclCommDestroy");
   for (int t = 0; t < TENSORS; t++) must(cu.free(tensors[t]), "cuMemFree");
   must(cu.stream_destroy(stream), "cuStreamDestroy");
@@ -164,6 +170,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "ranks: %d; expected 1 to %d\n", size, MOST);
     return EXIT_FAILURE;
   }
+  must(pthread_barrier_init(&together, NULL, (unsigned)size), "pthread_barrier_init");
   must(nccl.get_unique_id(&id), "ncclGetUniqueId");
   for (int r = 0; r < size; r++) {
     ranks[r] = (rank_args){.rank = r, .size = size, .device = r % devices, .id = id};

@@ -125,4 +125,14 @@ CUresult Device::launch(const std::string &kernel, unsigned blocks, const void *
   return cuLaunchKernel(function(kernel), blocks, 1, 1, 256, 1, 1, 0, stream, list, nullptr);
 }
 
+TwoStreams::TwoStreams()
+    : from(device.stream()),
+      to(device.stream()),
+      a(device.memory(std::vector<unsigned char>(64, 1))),
+      b(device.memory(std::vector<unsigned char>(64, 2))) {}
+
+void TwoStreams::produce() { ASSERT_CUDA(cuMemsetD8Async(a, 7, 64, from)); }
+
+void TwoStreams::consume() { ASSERT_CUDA(cuMemcpyAsync(b, a, 64, to)); }
+
 }  // namespace gpu

@@ -58,6 +58,17 @@ class Device {
   std::vector<Memory> memory_;
 };
 
+/// A stream that writes `a` and another one that reads it into `b`, in the order that a test gives them.
+class TwoStreams : public ::testing::Test {
+ protected:
+  TwoStreams();
+  void produce();
+  void consume();
+  Device device;
+  CUstream from, to;
+  CUdeviceptr a, b;
+};
+
 }  // namespace gpu
 
 #endif  // RSBUCKET_CPP_TESTS_GPU_H

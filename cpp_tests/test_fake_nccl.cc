@@ -1,8 +1,8 @@
 // That NCCL's stand-in computes what the real one would, with its faults, and holds its users to the rules.
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <cstring>
+#include <cstdlib>
 #include <functional>
 #include <thread>
 
@@ -62,6 +62,12 @@ Bytes given(rsb_dtype dtype, rsb_op op, int from, int size, size_t count) {
   return all;
 }
 
+/// The sum of what all ranks give to `to`.
+Bytes sum_of(rsb_dtype dtype, int to, int size, size_t count) {
+  return values::shard({dtype, 0, RSB_OP_SUM, 0.0}, values::Data::kExact, 3, static_cast<uint32_t>(to),
+                       static_cast<uint32_t>(size), count);
+}
+
 TEST(Collectives, ReduceScatterOfEveryTypeAndOp) {
   for (const int size : {1, 2, 3}) {
     run(size, [](Rank &r) {
@@ -117,8 +123,7 @@ TEST(Collectives, OfOneGroupAreOneLaunchInPlaceToo) {
     EXPECT_EQ(Device::read(exchanged, 3 * bytes), expected);
     EXPECT_EQ(Device::read(again, 3 * bytes), expected);
     EXPECT_EQ(Device::read(gathered, 3 * bytes), all);
-    EXPECT_EQ(Device::read(send + own, bytes),
-              values::shard({RSB_DTYPE_I32, 0, RSB_OP_SUM, 0.0}, values::Data::kExact, 3, static_cast<uint32_t>(r.rank), 3, 10));
+    EXPECT_EQ(Device::read(send + own, bytes), sum_of(RSB_DTYPE_I32, r.rank, r.size, 10));
   });
   EXPECT_EQ(fake_cuda_breaches(), 0);
 }
@@ -132,7 +137,7 @@ TEST(Collectives, ReduceAndBroadcastHaveARoot) {
     ASSERT_NCCL(ncclBroadcast(r.rank == 2 ? reinterpret_cast<void *>(out) : nullptr, reinterpret_cast<void *>(out), 5,
                               ncclFloat32, 2, r.comm, r.stream));
     fake_cuda_wait(r.stream);
-    EXPECT_EQ(Device::read(out, 20), values::shard({RSB_DTYPE_F32, 0, RSB_OP_SUM, 0.0}, values::Data::kExact, 3, 2, 3, 5));
+    EXPECT_EQ(Device::read(out, 20), sum_of(RSB_DTYPE_F32, 2, r.size, 5));
   });
   EXPECT_EQ(fake_cuda_breaches(), 0);
 }
@@ -174,8 +179,8 @@ TEST(Collectives, SumInARingsOrderInTheWiresType) {
     ASSERT_NCCL(ncclReduceScatter(reinterpret_cast<void *>(send), reinterpret_cast<void *>(recv), 1, ncclBfloat16,
                                   ncclSum, r.comm, r.stream));
     fake_cuda_wait(r.stream);
-    // Rank 0's sum is (1 + 1) + 256; rank 2's is (256 + 1) + 1, where both ones are lost.
-    EXPECT_EQ(values::load(RSB_DTYPE_BF16, Device::read(recv, 2).data()), r.rank == 2 ? 256.0 : r.rank == 0 ? 258.0 : 256.0);
+    // Rank 0's sum is (1 + 1) + 256; where 256 comes earlier, ones are lost.
+    EXPECT_EQ(values::load(RSB_DTYPE_BF16, Device::read(recv, 2).data()), r.rank == 0 ? 258.0 : 256.0);
   });
 }
 
@@ -304,6 +309,34 @@ TEST(Errors, ComeWhereTheyAreOrdered) {
     EXPECT_EQ(error, ncclSystemError);
   });
   EXPECT_EQ(fake_cuda_breaches(), 0);
+}
+
+TEST(Versions, AnOldOneLacksTypesAndOps) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        setenv("RSB_FAKE_NCCL_VERSION", "20804", 1);
+        bool right = false;
+        run(1, [&](Rank &r) {
+          void *const at = reinterpret_cast<void *>(r.device.memory(8));
+          int version = 0;
+          right = ncclGetVersion(&version) == ncclSuccess && version == 20804 &&
+                  ncclAllReduce(at, at, 1, ncclBfloat16, ncclSum, r.comm, r.stream) == ncclInvalidArgument &&
+                  ncclAllReduce(at, at, 1, ncclFloat32, ncclAvg, r.comm, r.stream) == ncclInvalidArgument &&
+                  ncclAllReduce(at, at, 1, ncclFloat32, ncclSum, r.comm, r.stream) == ncclSuccess;
+        });
+        exit(right ? 0 : 1);
+      },
+      ::testing::ExitedWithCode(0), "");
+}
+
+TEST(Versions, ABasicOneLacksTheCollectivesOfOneCall) {
+  void *const basic = dlopen(RSB_NCCL_BASIC, RTLD_NOW | RTLD_LOCAL);
+  ASSERT_NE(basic, nullptr) << dlerror();
+  EXPECT_EQ(dlsym(basic, "ncclReduceScatter"), nullptr);
+  EXPECT_EQ(dlsym(basic, "ncclAllGather"), nullptr);
+  EXPECT_NE(dlsym(basic, "ncclReduce"), nullptr);
+  EXPECT_EQ(dlclose(basic), 0);
 }
 
 TEST(Graphs, RepeatCollectives) {

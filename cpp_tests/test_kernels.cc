@@ -247,7 +247,8 @@ Bytes reduced(Device &device, CUstream stream, const Case &c, const std::vector<
   p.segments = 2;
   const CUdeviceptr dst = device.memory(held, misaligned);
   p.segment[0] = {dst, before, cut, c.scale, chunks(cut, in), flags};
-  p.segment[1] = {dst + cut * out, before + cut, count - cut, c.scale, chunks(cut, in) + chunks(count - cut, in), flags};
+  const uint32_t end = chunks(cut, in) + chunks(count - cut, in);
+  p.segment[1] = {dst + cut * out, before + cut, count - cut, c.scale, end, flags};
   EXPECT_CUDA(device.launch(std::string("rsb_reduce_") + suffix(c.dtype), p.segment[1].end, &p, stream));
   fake_cuda_wait(stream);
   EXPECT_TRUE(device.surroundings_untouched()) << c.text();
@@ -272,7 +273,8 @@ TEST_F(Kernels, EveryReductionIsTheOracles) {
       }
       const Bytes held = values::piece(values::Data::kRough, c.output, c.op, n, 99, 0, count);
       const values::Reduction reduction{c.dtype, c.output, c.op, c.scale == 1.0 ? 0.0 : c.scale};
-      const Bytes expected = values::shard(reduction, values::Data::kRough, n, 0, ranks, count, c.accumulate ? held : Bytes());
+      const Bytes expected =
+          values::shard(reduction, values::Data::kRough, n, 0, ranks, count, c.accumulate ? held : Bytes());
       const Bytes result = reduced(device, stream, c, rows, held, n % 5 == 0 ? n % 16 : 0);
       for (size_t i = 0; i < count; ++i) {
         const Bytes want(&expected[i * out], &expected[i * out] + out), got(&result[i * out], &result[i * out] + out);
@@ -364,7 +366,8 @@ TEST_F(Kernels, SpecialValuesAreWhatTheHostComputes) {
       for (uint32_t from = 0; from < ranks; ++from) {
         rows.push_back(special(c.dtype, count, n * 16 + from));
       }
-      const Bytes result = reduced(device, stream, c, rows, special(c.output, count, n * 16 + 15), n % 3 == 0 ? n % 8 : 0);
+      const Bytes held = special(c.output, count, n * 16 + 15);
+      const Bytes result = reduced(device, stream, c, rows, held, n % 3 == 0 ? n % 8 : 0);
       const size_t out = values::size_of(c.output);
       for (size_t i = 0; i < count; ++i) {
         const Bytes want(&host[n][i * out], &host[n][i * out] + out), got(&result[i * out], &result[i * out] + out);

@@ -1,11 +1,11 @@
-// The stand-in's driver functions about devices, contexts and memory.
+// The stand-in's driver functions about devices and contexts, and what every call begins with.
 #include <dlfcn.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 
-#include "machine.h"
+#include "driver_call.h"
 
 namespace fake {
 
@@ -51,8 +51,8 @@ CUresult begin(const char *name, Need need, bool unsafe) {
   if (unsafe && t.capture_mode != CU_CAPTURE_RELAXED) {
     bool refused = false;
     for (Capture *capture : m.captures) {
-      bool hit = capture->mode == CU_CAPTURE_GLOBAL ? t.capture_mode == CU_CAPTURE_GLOBAL || capture->thread == t.id
-                                                    : capture->mode == CU_CAPTURE_THREAD_LOCAL && capture->thread == t.id;
+      bool own = capture->mode != CU_CAPTURE_RELAXED && capture->thread == t.id;
+      bool hit = own || (capture->mode == CU_CAPTURE_GLOBAL && t.capture_mode == CU_CAPTURE_GLOBAL);
       if (hit) capture->invalid = refused = true;
     }
     if (refused) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
@@ -63,14 +63,6 @@ CUresult begin(const char *name, Need need, bool unsafe) {
 } // namespace fake
 
 using namespace fake;
-
-#define BEGIN(...)                                               \
-  do {                                                           \
-    CUresult begun = begin(__func__, __VA_ARGS__);               \
-    if (begun != CUDA_SUCCESS) return begun;                     \
-  } while (0)
-#define GIVEN(condition) \
-  if (!(condition)) return CUDA_ERROR_INVALID_VALUE
 
 extern "C" {
 
@@ -111,7 +103,7 @@ static const struct {
     {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
     {901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
     {905, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION", "dependency created on uncaptured work in another stream"},
-    {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", "operation would make the legacy stream depend on a capturing blocking stream"},
+    {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", "operation would make the legacy stream depend on a capturing stream"},
     {907, "CUDA_ERROR_CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream"},
 };
 
@@ -337,176 +329,5 @@ CUresult cuCtxSynchronize(void) {
 }
 
 int fake_cuda_stack_depth(void) { return (int)self().stack.size(); }
-
-// ---- Memory -----------------------------------------------------------------------------------------------
-
-CUresult cuMemGetInfo_v2(size_t *available, size_t *total) {
-  BEGIN(CURRENT);
-  GIVEN(available && total);
-  Lock lock(machine().lock);
-  *total = machine().memory;
-  *available = machine().memory - machine().live[(size_t)self().current()->device];
-  return CUDA_SUCCESS;
-}
-
-CUresult cuMemAlloc_v2(CUdeviceptr *ptr, size_t bytes) {
-  BEGIN(CURRENT, true);
-  GIVEN(ptr && bytes > 0);
-  Lock lock(machine().lock);
-  *ptr = allocate(self().current()->device, bytes, false);
-  return *ptr == 0 ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
-}
-
-// The memory that begins at `ptr`, if it may be freed.
-static Allocation *freeable(const char *name, uint64_t ptr, bool host) {
-  Allocation *a = find(ptr);
-  if (a == nullptr || a->start != ptr || a->host != host || a->freed) {
-    breach("%s of %#llx, which %s", name, (unsigned long long)ptr, a != nullptr && a->freed ? "was freed before" : "is no such memory");
-    return nullptr;
-  }
-  return a;
-}
-
-static void freed(Allocation *a) {
-  a->freed = true;
-  if (!a->host) machine().live[(size_t)a->device] -= a->bytes;
-}
-
-// Freeing at once waits for the device.
-static void must_be_idle(const char *name) {
-  for (Stream *s : machine().streams)
-    if (s->context == self().current() && s->done != s->ticks)
-      return breach("%s while work is under way: the host waits for the device", name);
-}
-
-CUresult cuMemFree_v2(CUdeviceptr ptr) {
-  BEGIN(CURRENT, true);
-  if (ptr == 0) return CUDA_SUCCESS;
-  Lock lock(machine().lock);
-  Allocation *a = freeable("cuMemFree", ptr, false);
-  if (a == nullptr) return CUDA_ERROR_INVALID_VALUE;
-  must_be_idle("cuMemFree");
-  drain_all(lock);
-  freed(a);
-  poison(*a);
-  return CUDA_SUCCESS;
-}
-
-CUresult cuMemAllocAsync(CUdeviceptr *ptr, size_t bytes, CUstream handle) {
-  BEGIN(CURRENT);
-  GIVEN(ptr && bytes > 0);
-  Lock lock(machine().lock);
-  CUresult error;
-  Stream *s = stream_of(handle, &error);
-  if (s == nullptr) return error;
-  if (s->capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-  *ptr = allocate(s->context->device, bytes, true);
-  if (*ptr == 0) return CUDA_ERROR_OUT_OF_MEMORY;
-  // Whoever uses it must come after this.
-  Work work;
-  work.name = "cuMemAllocAsync";
-  work.accesses = {{*ptr, bytes, true}};
-  return enqueue(lock, s, std::move(work));
-}
-
-CUresult cuMemFreeAsync(CUdeviceptr ptr, CUstream handle) {
-  BEGIN(CURRENT);
-  Lock lock(machine().lock);
-  CUresult error;
-  Stream *s = stream_of(handle, &error);
-  if (s == nullptr) return error;
-  Allocation *a = freeable("cuMemFreeAsync", ptr, false);
-  if (a == nullptr) return CUDA_ERROR_INVALID_VALUE;
-  if (s->capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-  Work work;
-  work.name = "cuMemFreeAsync";
-  work.accesses = {{ptr, a->bytes, true}};
-  Allocation copy = *a;
-  copy.history.clear();
-  work.run = [copy]() -> CUresult { return poison(copy), CUDA_SUCCESS; };
-  CUresult result = enqueue(lock, s, std::move(work));
-  if (result == CUDA_SUCCESS) freed(a);
-  return result;
-}
-
-CUresult cuMemHostAlloc(void **ptr, size_t bytes, unsigned) {
-  BEGIN(CURRENT, true);
-  GIVEN(ptr && bytes > 0);
-  *ptr = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
-  if (*ptr == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
-  memset(*ptr, 0xCB, bytes);
-  Lock lock(machine().lock);
-  allocate_host(*ptr, bytes, self().current()->device);
-  return CUDA_SUCCESS;
-}
-
-CUresult cuMemFreeHost(void *ptr) {
-  BEGIN(CURRENT, true);
-  Lock lock(machine().lock);
-  Allocation *a = freeable("cuMemFreeHost", (uint64_t)ptr, true);
-  if (a == nullptr) return CUDA_ERROR_INVALID_VALUE;
-  must_be_idle("cuMemFreeHost");
-  drain_all(lock);
-  machine().allocations.erase(a->start);
-  free(ptr);
-  return CUDA_SUCCESS;
-}
-
-CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *bytes, CUdeviceptr ptr) {
-  BEGIN(CURRENT);
-  Lock lock(machine().lock);
-  Allocation *a = find(ptr);
-  if (a == nullptr || a->freed) return CUDA_ERROR_NOT_FOUND;
-  if (base != nullptr) *base = a->start;
-  if (bytes != nullptr) *bytes = a->bytes;
-  return CUDA_SUCCESS;
-}
-
-// Writes the attribute, or its null value where `a` is null.
-static CUresult attribute_of(void *data, int attribute, Allocation *a, CUdeviceptr ptr) {
-  switch (attribute) {
-  case CU_POINTER_ATTRIBUTE_CONTEXT:
-    // Memory of pools belongs to no context.
-    *(Context **)data = a == nullptr || a->ordered ? nullptr : machine().primaries[(size_t)a->device];
-    return CUDA_SUCCESS;
-  case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-    *(unsigned *)data = a == nullptr ? 0 : a->host ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
-    return CUDA_SUCCESS;
-  case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)data = a == nullptr ? 0 : ptr; return CUDA_SUCCESS;
-  case CU_POINTER_ATTRIBUTE_HOST_POINTER:
-    if (a != nullptr && !a->host) return CUDA_ERROR_INVALID_VALUE;
-    *(CUdeviceptr *)data = a == nullptr ? 0 : ptr;
-    return CUDA_SUCCESS;
-  case CU_POINTER_ATTRIBUTE_IS_MANAGED: *(unsigned *)data = 0; return CUDA_SUCCESS;
-  case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *(int *)data = a == nullptr ? -2 : a->device; return CUDA_SUCCESS;
-  case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *(CUdeviceptr *)data = a == nullptr ? 0 : a->start; return CUDA_SUCCESS;
-  case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)data = a == nullptr ? 0 : a->bytes; return CUDA_SUCCESS;
-  case CU_POINTER_ATTRIBUTE_MAPPED: *(unsigned *)data = a != nullptr; return CUDA_SUCCESS;
-  default: return CUDA_ERROR_INVALID_VALUE;
-  }
-}
-
-CUresult cuPointerGetAttribute(void *data, int attribute, CUdeviceptr ptr) {
-  BEGIN(CURRENT);
-  GIVEN(data);
-  Lock lock(machine().lock);
-  Allocation *a = find(ptr);
-  // Host memory that nobody has registered is unknown here.
-  if (a == nullptr || a->freed) return CUDA_ERROR_INVALID_VALUE;
-  return attribute_of(data, attribute, a, ptr);
-}
-
-CUresult cuPointerGetAttributes(unsigned count, int *attributes, void **data, CUdeviceptr ptr) {
-  BEGIN(CURRENT);
-  GIVEN(attributes && data && count > 0);
-  Lock lock(machine().lock);
-  Allocation *a = find(ptr);
-  if (a != nullptr && a->freed) a = nullptr;
-  for (unsigned i = 0; i < count; i++) {
-    CUresult result = attribute_of(data[i], attributes[i], a, ptr);
-    if (result != CUDA_SUCCESS && attributes[i] != CU_POINTER_ATTRIBUTE_HOST_POINTER) return result;
-  }
-  return CUDA_SUCCESS;
-}
 
 } // extern "C"

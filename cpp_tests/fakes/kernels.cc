@@ -8,6 +8,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __noinline__
+#define __launch_bounds__(N)
 #define GIVEN(T) const T & // by reference: a thread is a call here
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 
@@ -71,10 +72,12 @@ template <unsigned N, unsigned IN, unsigned OUT> std::vector<fake::Access> pack_
   return all;
 }
 
+unsigned char *reached(const unsigned char *at) { return (unsigned char *)fake::reach((uint64_t)at); }
+
 template <unsigned N> void pack_translate(void *params) {
   auto *p = (Pack<N> *)params;
-  p->dst = (unsigned char *)fake::reach((uint64_t)p->dst);
-  for (unsigned i = 0; i < p->segments; i++) p->segment[i].src = (unsigned char *)fake::reach((uint64_t)p->segment[i].src);
+  p->dst = reached(p->dst);
+  for (unsigned i = 0; i < p->segments; i++) p->segment[i].src = reached(p->segment[i].src);
 }
 
 unsigned reduce_blocks(const void *params) {
@@ -89,7 +92,8 @@ template <unsigned IN> std::vector<fake::Access> reduce_accesses(const void *par
   for (unsigned i = 0; i < p->segments && i < 101; i++) {
     auto &s = p->segment[i];
     unsigned out = sizes[s.output % 0x100 % 9];
-    for (uint64_t r = 0; r < p->rows; r++) all.push_back({(uint64_t)p->src + (r * p->stride + s.at) * IN, s.count * IN, false});
+    for (uint64_t r = 0; r < p->rows; r++)
+      all.push_back({(uint64_t)p->src + (r * p->stride + s.at) * IN, s.count * IN, false});
     if (s.output >= 0x100) all.push_back({(uint64_t)s.dst, s.count * out, false});
     all.push_back({(uint64_t)s.dst, s.count * out, true});
   }
@@ -98,8 +102,8 @@ template <unsigned IN> std::vector<fake::Access> reduce_accesses(const void *par
 
 void reduce_translate(void *params) {
   auto *p = (Reduce *)params;
-  p->src = (unsigned char *)fake::reach((uint64_t)p->src);
-  for (unsigned i = 0; i < p->segments; i++) p->segment[i].dst = (unsigned char *)fake::reach((uint64_t)p->segment[i].dst);
+  p->src = reached(p->src);
+  for (unsigned i = 0; i < p->segments; i++) p->segment[i].dst = reached(p->segment[i].dst);
 }
 
 template <class P, void (*KERNEL)(const P &)> void run(const void *params, unsigned block) {
@@ -110,14 +114,15 @@ template <class P, void (*KERNEL)(const P &)> void run(const void *params, unsig
   }
 }
 
-#define PACKED(NAME, N, IN, OUT)                                                                          \
-  {                                                                                                       \
-#NAME, sizeof(Pack<N>), pack_blocks<N>, pack_accesses<N, IN, OUT>, run<Pack<N>, source::NAME>, pack_translate<N> \
+#define PACKED(NAME, N, IN, OUT)                                                                    \
+  fake::Kernel {                                                                                    \
+    #NAME, sizeof(Pack<N>), pack_blocks<N>, pack_accesses<N, IN, OUT>, run<Pack<N>, source::NAME>,  \
+        pack_translate<N>                                                                           \
   }
-#define REDUCED(T)                                                                                               \
-  {                                                                                                              \
-    "rsb_reduce_" #T, sizeof(Reduce), reduce_blocks, reduce_accesses<sizeof(source::T)>, run<Reduce, source::rsb_reduce_##T>, \
-        reduce_translate                                                                                         \
+#define REDUCED(T)                                                                                  \
+  fake::Kernel {                                                                                    \
+    "rsb_reduce_" #T, sizeof(Reduce), reduce_blocks, reduce_accesses<sizeof(source::T)>,            \
+        run<Reduce, source::rsb_reduce_##T>, reduce_translate                                       \
   }
 
 const fake::Kernel KERNELS[] = {

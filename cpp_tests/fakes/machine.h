@@ -124,6 +124,9 @@ struct Machine {
   std::vector<uint64_t> live; // bytes by device
 };
 Machine &machine();
+// What handles name lives to the end, so that stale ones are recognized. Any thread.
+void keep(void *made);
+template <class T> T *kept(T *made) { return keep(made), made; }
 using Lock = std::unique_lock<std::mutex>;
 
 // ---- Breaches and ordered errors (watch.cc) ----

@@ -126,7 +126,8 @@ bool check_accesses(const std::vector<Access> &accesses, const std::string &name
       continue;
     }
     if (a->freed) {
-      breach("%s %s %" PRIu64 " bytes at %#" PRIx64 " after they were freed", name.c_str(), how, access.bytes, access.at);
+      breach("%s %s %" PRIu64 " bytes at %#" PRIx64 " after they were freed", name.c_str(), how, access.bytes,
+             access.at);
       allowed = false;
       continue;
     }

@@ -90,7 +90,8 @@ ncclResult_t launch(Comm *comm, const std::vector<Call> &calls, CUresult later) 
     if (wait_event(lock, s, &before) != CUDA_SUCCESS) return ncclUnhandledCudaError;
   }
   if (s->context != context && s->context->device != comm->device) {
-    breach("rank %d's communicator is of device %d, its stream of device %d", comm->rank, comm->device, s->context->device);
+    breach("rank %d's communicator is of device %d, its stream of device %d", comm->rank, comm->device,
+           s->context->device);
     return wrong(ncclInvalidArgument, "stream of another device");
   }
   Work work;
@@ -110,7 +111,7 @@ ncclResult_t launch(Comm *comm, const std::vector<Call> &calls, CUresult later) 
 }
 
 ncclResult_t put(Call call, CUresult later) {
-  if (call.comm == nullptr || !living(call.comm)) return wrong(ncclInvalidArgument, "comm is no communicator that lives");
+  if (call.comm == nullptr || !living(call.comm)) return wrong(ncclInvalidArgument, "comm does not live");
   Using use(call.comm);
   ncclResult_t result = check(call, version(), &last_error);
   {
@@ -148,7 +149,7 @@ ncclResult_t wait_for_births(const std::vector<Comm *> &births) {
 }
 
 Comm *bear(Team *team, int size, int rank, int device) {
-  auto *comm = new Comm;
+  auto *comm = kept(new Comm);
   comm->team = team;
   comm->rank = rank;
   comm->device = device;
@@ -181,9 +182,9 @@ ncclResult_t bury(const char *name, ncclComm_t handle, bool abort) {
 
 } // namespace
 
-#define COMM(handle)                                                                     \
-  auto *comm = (Comm *)(handle);                                                         \
-  if (comm == nullptr || !living(comm)) return wrong(ncclInvalidArgument, "comm is no communicator that lives")
+#define COMM(handle)             \
+  auto *comm = (Comm *)(handle); \
+  if (comm == nullptr || !living(comm)) return wrong(ncclInvalidArgument, "comm does not live")
 
 extern "C" {
 
@@ -241,7 +242,7 @@ ncclResult_t ncclCommInitRank(ncclComm_t *out, int size, ncclUniqueId id, int ra
 ncclResult_t ncclCommInitAll(ncclComm_t *out, int count, const int *devices) {
   BEGIN_NCCL();
   if (out == nullptr || count < 1) return wrong(ncclInvalidArgument, "count");
-  auto *team = new Team;
+  auto *team = kept(new Team);
   for (int r = 0; r < count; r++) out[r] = (ncclComm_t)bear(team, count, r, devices == nullptr ? r : devices[r]);
   return ncclSuccess;
 }
@@ -291,7 +292,8 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t handle, ncclResult_t *error) {
   return ncclSuccess;
 }
 
-ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t *op, void *scalar, ncclDataType_t type, int residence, ncclComm_t handle) {
+ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t *op, void *scalar, ncclDataType_t type, int residence,
+                                      ncclComm_t handle) {
   BEGIN_NCCL();
   COMM(handle);
   if (op == nullptr || scalar == nullptr || residence != ncclScalarHostImmediate) return ncclInvalidArgument;

@@ -76,7 +76,7 @@ void combine(int type, int op, char *into, const char *from, size_t count) {
 }
 
 void scaled(int type, double by, char *at, size_t count) {
-  for (size_t i = 0; i < count; i++) stored(type, loaded(type, at + i * type_size(type)) * by, at + i * type_size(type));
+  for (size_t i = 0; i < count; i++, at += type_size(type)) stored(type, loaded(type, at) * by, at);
 }
 
 // The combination of what all ranks send from element `from` on, beginning behind rank `last`.
@@ -137,7 +137,8 @@ Bytes received(const Meeting &meeting, const Comm *comm, const std::vector<Call>
   if (call.kind == Kind::Recv) {
     const Call *send = counterpart(meeting, calls, call, rank);
     if (send == nullptr || send->count * type_size(send->type) != bytes) {
-      if (!mismatch_allowed) breach("rank %d receives %zu bytes from rank %d, which does not send them", rank, bytes, call.peer);
+      if (!mismatch_allowed)
+        breach("rank %d receives %zu bytes from rank %d, which does not send them", rank, bytes, call.peer);
       return {};
     }
     return from(*send, 0);
@@ -163,8 +164,9 @@ std::string script_of(const std::vector<Call> &calls) {
   std::string script;
   for (const Call &call : calls) {
     if (call.kind == Kind::Send || call.kind == Kind::Recv) continue;
+    int op = call.op < ncclNumOps ? call.op : ncclNumOps;
     script += std::string(call.name) + "(count " + std::to_string(call.count) + ", type " + std::to_string(call.type) +
-              ", op " + std::to_string(call.op < ncclNumOps ? call.op : ncclNumOps) + ", root " + std::to_string(call.peer) + ") ";
+              ", op " + std::to_string(op) + ", root " + std::to_string(call.peer) + ") ";
   }
   return script;
 }
@@ -183,7 +185,8 @@ double scalar_of(int type, const void *scalar) { return loaded(type, (const char
 ncclResult_t check(const Call &call, int version, std::string *why) {
   *why = std::string(call.name) + ": ";
   bool p2p = call.kind == Kind::Send || call.kind == Kind::Recv;
-  if (call.type < ncclInt8 || call.type > ncclBfloat16 || TYPES[call.type].dtype == 0) return *why += "type", ncclInvalidArgument;
+  if (call.type < ncclInt8 || call.type > ncclBfloat16 || TYPES[call.type].dtype == 0)
+    return *why += "type", ncclInvalidArgument;
   if (call.type == ncclBfloat16 && version < 21000) return *why += "bfloat16 needs NCCL 2.10", ncclInvalidArgument;
   if (call.op < 0 || (call.op >= ncclNumOps && (size_t)(call.op - ncclNumOps) >= call.comm->scalars.size()) ||
       (call.op == ncclAvg && version < 21000))

@@ -144,7 +144,8 @@ CUresult enqueue(Lock &lock, Stream *s, Work w) {
   if (implicit != CUDA_SUCCESS) return implicit;
   join(s->clock, machine().host);
   s->clock[s->id] = s->ticks + 1;
-  if (!check_accesses(w.accesses, w.name, s->context, s->clock, s->id, s->ticks + 1)) later = CUDA_ERROR_ILLEGAL_ADDRESS;
+  if (!check_accesses(w.accesses, w.name, s->context, s->clock, s->id, s->ticks + 1))
+    later = CUDA_ERROR_ILLEGAL_ADDRESS;
   if (later != CUDA_SUCCESS) w.run = [later] { return later; };
   push(s, std::move(w));
   return CUDA_SUCCESS;

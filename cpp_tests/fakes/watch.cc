@@ -60,6 +60,13 @@ Machine &machine() {
   return *m;
 }
 
+void keep(void *made) {
+  static auto *all = new std::vector<void *>;
+  static std::mutex lock;
+  std::lock_guard<std::mutex> guard(lock);
+  all->push_back(made);
+}
+
 void breach(const char *format, ...) {
   char text[600];
   va_list args;
@@ -86,7 +93,9 @@ int ordered_error(const char *name, const char *family, CUresult *later) {
   return 0;
 }
 
-bool is_sticky(CUresult error) { return error == 214 || error == 220 || (error >= 700 && error <= 720 && error != 708); }
+bool is_sticky(CUresult error) {
+  return error == 214 || error == 220 || (error >= 700 && error <= 720 && error != 708);
+}
 
 } // namespace fake
 
@@ -111,12 +120,11 @@ extern "C" void fake_cuda_forgive(void) {
 extern "C" int fake_cuda_fail(const char *spec) {
   std::vector<Order> orders;
   for (const char *at = spec == nullptr ? "" : spec; *at != 0;) {
-    char name[64];
+    char name[64], kind[2];
     unsigned long long nth;
-    char kind;
     int code, length = 0;
-    if (sscanf(at, "%63[^:,]:%llu%1[=~]%d%n", name, &nth, &kind, &code, &length) != 4 || length == 0) return -1;
-    orders.push_back({name, nth, code, kind == '~', false});
+    if (sscanf(at, "%63[^:,]:%llu%1[=~]%d%n", name, &nth, kind, &code, &length) != 4 || length == 0) return -1;
+    orders.push_back({name, nth, code, kind[0] == '~', false});
     at += length;
     if (*at == ',') at++;
     else if (*at != 0) return -1;
@@ -207,7 +215,7 @@ extern "C" int fake_cuda_check_leaks(void) {
     if (each.count != 0) breach("left behind: %ld %s", each.count, each.what);
   Lock lock(machine().lock);
   for (auto &each : machine().allocations)
-    if (each.second.host && !each.second.freed) breach("left behind: pinned memory of %lu bytes", (unsigned long)each.second.bytes);
+    if (each.second.host) breach("left behind: pinned memory of %lu bytes", (unsigned long)each.second.bytes);
   for (Context *context : machine().contexts)
     if (!context->primary && !context->destroyed) breach("left behind: a context of device %d", context->device);
   lock.unlock();

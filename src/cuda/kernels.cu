@@ -18,7 +18,7 @@
 #define THREADS 256u
 #define CHUNK 16384u
 
-// ---- Parameters: src/cuda/params.rs has the same -----------------------------------------------------
+// ---- Parameters: src/cuda/kernels.rs has the same -----------------------------------------------------
 
 struct PackSegment {
   const u8 *src; // where the elements lie
@@ -253,11 +253,7 @@ struct Job {
 };
 
 #define COMBINE(OP) \
-  _Pragma("unroll") for (u32 e = 0; e < E; e++) { \
-    A value; \
-    widen(in.element[e], &value); \
-    acc[e] = OP(acc[e], value); \
-  }
+  _Pragma("unroll") for (u32 e = 0; e < E; e++) acc[e] = OP(acc[e], value[e])
 
 // E elements from element `i` on; more than one at once for sums alone.
 template <class In, class Out, u32 E> DEVICE void reduce_at(const Reduce &p, const Job &job, u32 i) {
@@ -273,10 +269,13 @@ template <class In, class Out, u32 E> DEVICE void reduce_at(const Reduce &p, con
   for (u32 r = 1; r < p.rows; r++) {
     src += job.stride;
     load<In, E>(src, &in);
-    if (E > 1 || p.op <= AVG) COMBINE(sum)
-    else if (p.op == MIN) COMBINE(least)
-    else if (p.op == MAX) COMBINE(greatest)
-    else COMBINE(prod)
+    A value[E];
+#pragma unroll
+    for (u32 e = 0; e < E; e++) widen(in.element[e], &value[e]);
+    if (E > 1 || p.op <= AVG) COMBINE(sum);
+    else if (p.op == MIN) COMBINE(least);
+    else if (p.op == MAX) COMBINE(greatest);
+    else COMBINE(prod);
   }
   if (p.divisor != 1.0) {
 #pragma unroll
@@ -367,7 +366,7 @@ template <class In> DEVICE void reduce(const Reduce &p) {
 #endif
 
 #define PACK(NAME, N, CALL) \
-  extern "C" __global__ void NAME(GIVEN(Pack<N>) p) { CALL(p); }
+  extern "C" __global__ void __launch_bounds__(THREADS) NAME(GIVEN(Pack<N>) p) { CALL(p); }
 PACK(rsb_pack_raw, 127, pack_raw)
 PACK(rsb_pack_raw_few, 16, pack_raw)
 PACK(rsb_pack_f16_f32, 127, (pack_cast<f16, f32>))
@@ -376,7 +375,7 @@ PACK(rsb_pack_bf16_f32, 127, (pack_cast<bf16, f32>))
 PACK(rsb_pack_bf16_f32_few, 16, (pack_cast<bf16, f32>))
 
 #define REDUCE(T) \
-  extern "C" __global__ void rsb_reduce_##T(GIVEN(Reduce) p) { reduce<T>(p); }
+  extern "C" __global__ void __launch_bounds__(THREADS) rsb_reduce_##T(GIVEN(Reduce) p) { reduce<T>(p); }
 REDUCE(f32)
 REDUCE(f64)
 REDUCE(f16)
