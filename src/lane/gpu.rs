@@ -109,7 +109,7 @@ impl Endpoint {
     }
 
     /// Device comm: takes an op, waiting or `direct`; where its result will be, and, for a direct one,
-    /// its number in the lane [`DIRECT`].
+    /// its number in the lane of direct ops.
     ///
     /// # Safety
     /// As for `submit`.
