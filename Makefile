@@ -88,7 +88,6 @@ lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) fmt --manifest-path benches/Cargo.toml --check
-	$(CARGO) clippy --locked --manifest-path benches/Cargo.toml --target-dir target/benches --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
 # Writes include/rsbucket.h anew from src/ffi.

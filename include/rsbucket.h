@@ -117,6 +117,9 @@
  *    A C++ exception that leaves a callback passes through the rsb_ call to its caller. That op
  *    counts as called; the next call runs the callbacks that are still owed. What other ranks see
  *    of the call is done all the same: buckets are launched, and the op of a submit is accepted.
+ *    A callback may fork: in the child, the call around it ends with RSB_ERR_ABORTED when the
+ *    callback returns. What a longjmp out of a callback leaves behind is undefined, and so is what
+ *    pthread_cancel leaves of a thread that is inside an rsb_ call.
  *
  *    An op is complete when, on a host comm, the bytes are in result->data; on a device comm, when
  *    the work is enqueued and result->data is ready in the order of result->stream (what fails
