@@ -359,28 +359,40 @@ where
     A: Accumulator,
 {
     let mut done = 0;
+    let plain = (job.divisor, job.factor, job.scale) == (1.0, 1.0, 1.0) && !job.accumulate;
+    if SUM && plain {
+        // Most sums are no more than that: code without the last step, whole blocks only.
+        while job.count - done >= B {
+            // SAFETY: rows and output have `B` elements from `done` on.
+            unsafe { block::<L, In, Out, A, SUM, true, B>(job, done, B) };
+            done += B;
+        }
+    }
     while done < job.count {
         let left = job.count - done;
         // SAFETY: rows and output have `count` elements, so as many from `done` on as a block takes.
         unsafe {
             if left >= FEW {
-                block::<L, In, Out, A, SUM, B>(job, done, B.min(left));
+                block::<L, In, Out, A, SUM, false, B>(job, done, B.min(left));
                 done += B.min(left);
             } else {
-                block::<Portable, In, Out, A, SUM, 1>(job, done, 1);
+                block::<Portable, In, Out, A, SUM, false, 1>(job, done, 1);
                 done += 1;
             }
         }
     }
 }
 
-/// Carries out `job` for `len` elements from `done` on, at most `B`.
+/// Carries out `job` for `len` elements from `done` on, at most `B`. `PLAIN`: it has no last step.
 ///
 /// # Safety
 /// As for `run`; the job has those elements.
 #[inline(always)]
-unsafe fn block<L, In, Out, A, const SUM: bool, const B: usize>(job: &Job, done: usize, len: usize)
-where
+unsafe fn block<L, In, Out, A, const SUM: bool, const PLAIN: bool, const B: usize>(
+    job: &Job,
+    done: usize,
+    len: usize,
+) where
     L: Level,
     In: Element<A>,
     Out: Element<A>,
@@ -404,10 +416,12 @@ where
             Op::Max => combine(&mut acc, &values, A::max),
         }
     }
-    A::scale(&mut acc, job);
     // SAFETY: as above.
     let out = unsafe { job.dst.cast::<Out>().add(done) };
-    if job.accumulate {
+    if !PLAIN {
+        A::scale(&mut acc, job);
+    }
+    if !PLAIN && job.accumulate {
         let mut held = [A::ZERO; B];
         // SAFETY: as above.
         unsafe { load::<L, Out, A, B>(out, len, &mut held) };
