@@ -143,9 +143,15 @@ impl<C: Copy + Send> Turn<'_, C> {
     /// The next op on a device comm that is enqueued, for its callback in this call.
     #[inline]
     pub(super) fn enqueued(&mut self, q: &mut Queue<C>) -> Option<Step> {
-        if !self.bucketer.has_devices() || self.nested {
-            return None;
+        if self.bucketer.has_devices() && !self.nested {
+            self.first_enqueued(q)
+        } else {
+            None
         }
+    }
+
+    #[cold]
+    fn first_enqueued(&mut self, q: &mut Queue<C>) -> Option<Step> {
         let mut flights = q.flights.iter_mut();
         let index = flights.position(|f| f.comm.is_device() && see(f))?;
         if self.guard.is_none() {

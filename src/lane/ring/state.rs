@@ -120,6 +120,8 @@ pub struct State {
     pub ordinals: u32,
     /// Published chunks whose memory is not free yet, oldest first.
     closed: VecDeque<Chunk>,
+    /// How many of them have memory.
+    slotted: usize,
     free: Vec<u32>,
     fresh: u32,
     /// Lanes with an open chunk, oldest first.
@@ -152,6 +154,7 @@ impl State {
             chain: Chain::default(),
             ordinals: 0,
             closed: VecDeque::new(),
+            slotted: 0,
             free: Vec::new(),
             fresh: 0,
             open: VecDeque::new(),
@@ -235,7 +238,7 @@ impl State {
 
     /// A free chunk of memory that was used before.
     pub fn warm_slot(&mut self, group: &Group) -> Option<u32> {
-        if self.closed.iter().any(|c| c.slot.is_some()) {
+        if self.slotted > 0 {
             self.reclaim(group);
         }
         self.free.pop()
@@ -243,7 +246,7 @@ impl State {
 
     /// Whether this rank is so far ahead of its peers that it may as well let them run.
     pub fn is_ahead(&self) -> bool {
-        self.closed.len() >= AHEAD
+        self.slotted >= AHEAD
     }
 
     /// A free chunk of memory, used before or made real now. `Ok(None)`: one must be awaited.
@@ -251,7 +254,7 @@ impl State {
         if let Some(slot) = self.warm_slot(group) {
             return Ok(Some(slot));
         }
-        let travelling = self.closed.iter().any(|c| c.slot.is_some());
+        let travelling = self.slotted > 0;
         if (self.fresh as usize) < group.layout().geometry.chunks {
             match group.commit_chunk(self.fresh) {
                 Ok(()) => {
@@ -287,6 +290,7 @@ impl State {
             let Some(chunk) = self.closed.pop_front() else {
                 break;
             };
+            self.slotted -= usize::from(chunk.slot.is_some());
             self.free.extend(chunk.slot);
         }
     }
@@ -314,6 +318,7 @@ impl State {
         if let Some(id) = chunk.lane {
             self.lane(id).travelling += 1;
         }
+        self.slotted += usize::from(chunk.slot.is_some());
         self.closed.push_back(chunk);
         self.next += 1;
         seq
