@@ -122,8 +122,7 @@ atomic!(AtomicU64, u64);
 
 /// Sleeps on `word` while it is `seen`, until woken. Wakes early once slices end.
 pub fn futex_wait(word: &AtomicU32, seen: u32, _slice: Duration) {
-    // The kernel looks at the newest value, and a waker cannot come between that and the sleep.
-    if word.0.fetch_add(0, Ordering::Relaxed) != seen {
+    if newest(word) != seen {
         return;
     }
     let me = thread::current();
@@ -135,6 +134,19 @@ pub fn futex_wait(word: &AtomicU32, seen: u32, _slice: Duration) {
     world(|w| w.sleepers.push((key, me)));
     thread::park();
     world(|w| w.sleepers.retain(|(_, t)| t.id() != id));
+}
+
+/// The newest value, as the kernel sees it: no other thread may run between this look and the sleep.
+#[cfg(loom)]
+fn newest(word: &AtomicU32) -> u32 {
+    word.0.fetch_add(0, Ordering::Relaxed)
+}
+
+/// As above: shuttle's operations let others run after them, too, but for this one.
+#[cfg(shuttle)]
+fn newest(word: &AtomicU32) -> u32 {
+    // SAFETY: all threads of an execution run on this thread of the system.
+    unsafe { word.0.raw_load() }
 }
 
 /// Wakes all who sleep on `word`.
