@@ -364,6 +364,13 @@ impl Group {
         self.has_left(rank) || keeper::is_gone(&self.head(rank).alive.0)
     }
 
+    /// Why it will never come: a rank is gone, whichever it is, and what `missing` asks it for is missing.
+    /// Asked after the rank was found gone, since what it did before counts.
+    pub fn lost(&self, missing: impl Fn(u32) -> bool) -> Option<Error> {
+        let lost = |&rank: &u32| self.is_silent(rank) && missing(rank);
+        self.is_gone((0..self.size()).find(lost)?)
+    }
+
     /// Says that this rank has come to shrink the group, or has given up.
     pub fn arrive(&self, yes: bool) {
         self.own_head()

@@ -453,12 +453,12 @@ impl Ring {
         answer.map(|answer| (st, answer))
     }
 
-    /// Ends the group if the awaited rank has left, or is too late.
+    /// Ends the group if a rank is gone that this wait needs, or the awaited one is too late.
     fn lose_patience(&self, patience: &Patience, stall: &Stall) {
         let (group, rank) = (&self.group, stall.rank());
-        // A missing line is mourned where lines are read; here it is a chunk that nobody will reduce.
-        if let (Stall::Consumed { seq, .. }, Some(gone)) = (stall, group.is_gone(rank)) {
-            if group.consumed(rank) <= *seq {
+        // A missing line is mourned where lines are read; here it is a chunk that a rank will not reduce.
+        if let Stall::Consumed { seq, .. } = *stall {
+            if let Some(gone) = group.lost(|rank| group.consumed(rank) <= seq) {
                 group.abort(&gone);
             }
         }

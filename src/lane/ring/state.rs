@@ -405,12 +405,11 @@ impl State {
         false
     }
 
-    /// Ends the group if the awaited rank is gone and has not published chunk `seq` before.
+    /// Ends the group if a rank is gone that has not published chunk `seq` before. Any rank: the awaited
+    /// one may be alive and stay away for long, or for ever.
     fn mourn(&self, group: &Group, seq: u64) {
-        if let Some(gone) = group.is_gone(self.awaited) {
-            if !group.is_published(self.awaited, seq) {
-                group.abort(&gone);
-            }
+        if let Some(gone) = group.lost(|rank| !group.is_published(rank, seq)) {
+            group.abort(&gone);
         }
     }
 
