@@ -435,7 +435,9 @@ impl Group {
     pub fn end(&self) -> Option<End> {
         let end = word::end(self.word());
         if end.is_some() {
-            self.verdict().ended.0.store(1, Ordering::Release);
+            // Once is enough, and few stores keep the models small.
+            let ended = &self.verdict().ended.0;
+            let _ = ended.compare_exchange(0, 1, Ordering::Release, Ordering::Relaxed);
         }
         end
     }

@@ -103,6 +103,17 @@ macro_rules! atomic {
                 self.0.fetch_add(value, order)
             }
 
+            pub fn compare_exchange(
+                &self,
+                seen: $value,
+                next: $value,
+                success: Ordering,
+                failure: Ordering,
+            ) -> Result<$value, $value> {
+                before_store();
+                self.0.compare_exchange(seen, next, success, failure)
+            }
+
             pub fn compare_exchange_weak(
                 &self,
                 seen: $value,
