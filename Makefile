@@ -60,6 +60,7 @@ tsan:
 # four ranks in random ones. `models-slice` is what CI runs, `models` goes further; tools/mutate_models
 # proves that they bite. Results: docs/results/models.md.
 models: export RSBUCKET_MODELS = full
+models models-slice: export RUST_BACKTRACE = 0
 models: export RSBUCKET_MODEL_ROUNDS ?= 100000
 MODEL_TEST = $(CARGO) test --locked --profile model --lib
 models models-slice:

@@ -5,7 +5,9 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::Arc;
 
-use super::scenarios::{aborted, death, desync, exchange, farewell, records, regroup};
+use super::scenarios::{
+    aborted, absent, death, desync, exchange, farewell, last_words, records, regroup,
+};
 use super::{asks, Ask};
 use crate::sync::model::{begin, seconds};
 
@@ -42,15 +44,20 @@ fn report(name: &str, preemptions: Option<usize>, runs: u64, start: f64) {
     println!("model {name}: {bound}, {runs} executions, {used:.1} s");
 }
 
-/// Rank `size - 1` dies in place of its first store, of its second, and so on to the last.
-fn deaths(name: &str, size: u32, ops: &'static [Ask], slots: usize, preemptions: Option<usize>) {
+/// A rank dies in place of its first store, of its second, and so on to the last: `execution` is told
+/// which, and tells whether it died.
+fn deaths(
+    name: &str,
+    preemptions: Option<usize>,
+    execution: impl Fn(u32) -> bool + Copy + Send + Sync + 'static,
+) {
     let start = seconds();
     let mut runs = 0;
     for stores in 0.. {
         let died = Arc::new(AtomicBool::new(false));
         let note = died.clone();
         runs += explore(preemptions, move || {
-            note.fetch_or(death(size, ops, slots, (size - 1, stores)), Relaxed);
+            note.fetch_or(execution(stores), Relaxed);
         });
         if !died.load(Relaxed) {
             break;
@@ -118,13 +125,38 @@ fn three_ranks_and_an_abort() {
 #[test]
 fn one_of_two_dies() {
     const OPS: [Ask; 2] = [Ask { chunks: 1, tag: 0 }, Ask { chunks: 1, tag: 1 }];
-    deaths("one_of_two_dies", 2, &OPS, 1, few(1));
+    deaths("one_of_two_dies", few(1), |stores| {
+        death(2, &OPS, 1, (1, stores))
+    });
 }
 
 #[test]
 fn one_of_three_dies() {
     const OPS: [Ask; 1] = [Ask { chunks: 1, tag: 0 }];
-    deaths("one_of_three_dies", 3, &OPS, 1, few(1));
+    deaths("one_of_three_dies", few(1), |stores| {
+        death(3, &OPS, 1, (2, stores))
+    });
+}
+
+#[test]
+fn one_of_three_dies_while_it_aborts() {
+    deaths("one_of_three_dies_while_it_aborts", few(1), |stores| {
+        last_words(3, stores)
+    });
+}
+
+#[test]
+fn a_death_is_noticed_while_another_is_away() {
+    model("a_death_is_noticed_while_another_is_away", few(2), || {
+        absent(false);
+    });
+}
+
+#[test]
+fn a_reader_is_missed_while_another_is_away() {
+    model("a_reader_is_missed_while_another_is_away", few(2), || {
+        absent(true);
+    });
 }
 
 #[test]

@@ -16,7 +16,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 
 use super::direct::Stretch;
-use super::state::{Content, Piece, State};
+use super::state::{Chunk, Content, Piece, State};
 use super::Ring;
 use crate::comm::control::{CallRecord, Detail, Head, Layout, Line, Lone, CALLS};
 use crate::comm::group::Group;
@@ -210,6 +210,15 @@ struct Ask {
     tag: u64,
 }
 
+impl Ask {
+    fn call(&self) -> Call {
+        Call {
+            tag: self.tag,
+            ..Call::bare(CallKind::AllGather, 0, 0, self.chunks as u64)
+        }
+    }
+}
+
 /// `N` ops of the same length.
 fn asks<const N: usize>(chunks: usize) -> [Ask; N] {
     std::array::from_fn(|i| Ask {
@@ -225,6 +234,36 @@ struct Story {
     reduced: u64,
 }
 
+/// Fills slot `slot` of a rank's own memory with its rows of chunk `number`.
+fn fill_rows(group: &Group, slot: u32, number: u64) {
+    for to in 0..group.size() {
+        let row = group.own_chunk(slot).wrapping_add(to as usize * ROW);
+        // SAFETY: the row is inside the chunk and begins with a cell.
+        let cell = unsafe { &*row.cast::<Cell>() };
+        // SAFETY: the checker finds out whether it may be written.
+        cell.with_mut(|value| unsafe { *value = given(group.rank(), number, to) });
+    }
+}
+
+/// A rank that has published the first chunk of `ask` and does nothing else.
+fn away(memory: &Arc<Memory>, rank: u32, ask: &Ask) -> Ring {
+    let ring = Ring::new(memory.end(rank), None);
+    fill_rows(ring.group(), 0, 0);
+    let mut st = ring.lock();
+    ring.accept(&mut st, &ask.call());
+    let chunk = Chunk {
+        slot: Some(0),
+        lane: None,
+        ops_end: 0,
+        fill: 8,
+        inline: false,
+        content: Content::Nothing,
+    };
+    st.publish(ring.group(), chunk);
+    drop(st);
+    ring
+}
+
 /// Carries out the ops of one rank, and checks every result.
 fn live(ring: &Ring, ops: &[Ask]) -> Story {
     let (rank, size) = (ring.group().rank(), ring.group().size());
@@ -234,13 +273,7 @@ fn live(ring: &Ring, ops: &[Ask]) -> Story {
         let place = output.as_mut_ptr();
         let first = number;
         let fill = |_: &mut State, s: Stretch, _: &mut Meter| {
-            let chunk = ring.group().own_chunk(s.slot);
-            for to in 0..size {
-                // SAFETY: the row is inside the chunk and begins with a cell.
-                let cell = unsafe { &*chunk.add(to as usize * ROW).cast::<Cell>() };
-                // SAFETY: the checker finds out whether it may be written.
-                cell.with_mut(|value| unsafe { *value = given(rank, number, to) });
-            }
+            fill_rows(ring.group(), s.slot, number);
             number += 1;
             Content::Rows {
                 dtype: DType::F64,
@@ -254,11 +287,7 @@ fn live(ring: &Ring, ops: &[Ask]) -> Story {
                 }],
             }
         };
-        let call = Call {
-            tag: ask.tag,
-            ..Call::bare(CallKind::AllGather, 0, 0, ask.chunks as u64)
-        };
-        let result = ring.stream(&call, ask.chunks, 1, 8, &mut Meter::default(), fill);
+        let result = ring.stream(&ask.call(), ask.chunks, 1, 8, &mut Meter::default(), fill);
         for (i, value) in output.iter().enumerate() {
             // A chunk of a failed op is reduced in full or not at all.
             let good = expected(size, first + i as u64, rank);

@@ -1,13 +1,14 @@
 //! What happens in the models: ranks exchange chunks, and one aborts, dies, leaves or asks for something
 //! else. Each is one execution; the checker repeats it in other orders.
 
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 
-use super::{asks, cause, spawn, Ask, Memory, Rank, Ring, Story};
+use super::{asks, away, cause, spawn, Ask, Memory, Rank, Ring, Story};
 use crate::comm::shrink::survivors;
 use crate::error::Status;
 use crate::fingerprint::Words;
-use crate::sync::model::end_slices;
+use crate::sync::model::{die_after, end_slices};
 
 /// Starts all ranks with the same ops; `mortal` is (rank, stores it has left).
 fn start(memory: &Arc<Memory>, size: u32, ops: &[Ask], mortal: Option<(u32, u32)>) -> Vec<Rank> {
@@ -88,6 +89,49 @@ pub fn death(size: u32, ops: &[Ask], slots: usize, mortal: (u32, u32)) -> bool {
         let seen = (died, error.status, error.peer);
         assert_eq!(seen, (true, Status::PeerLost, mortal.0 as i32));
     }
+    died
+}
+
+/// Rank 1 is away and rank 2 dies, before or after the first chunk of both: rank 0 learns of it.
+pub fn absent(came: bool) {
+    let memory = Memory::new(3, 1, 1);
+    let ask = &asks::<1>(2)[0];
+    let came = if came { 1..3 } else { 0..0 };
+    let others: Vec<Ring> = came.map(|r| away(&memory, r, ask)).collect();
+    let lost = memory.clone();
+    let lost = spawn(move || lost.bury(2));
+    let (_ring, story) = Rank::start(&memory, 0, &[*ask], None).join();
+    let story = story.expect("rank 0 lives");
+    assert_eq!(story.reduced, u64::from(!others.is_empty()));
+    let seen = story.ops[0].as_ref().map_err(|e| (e.status, e.peer));
+    assert_eq!(seen, Err((Status::PeerLost, 2)));
+    lost.join().expect("no panic");
+}
+
+/// The last rank aborts and dies in place of the store after `stores` others: the rest see one cause all
+/// the same, its own in full or its death. Whether it died.
+pub fn last_words(size: u32, stores: u32) -> bool {
+    let memory = Memory::new(size, 1, 1);
+    let last = size - 1;
+    let rest = (0..last).map(|r| Rank::start(&memory, r, &asks::<1>(1), None));
+    let rest: Vec<Rank> = rest.collect();
+    let (end, own) = (memory.end(last), memory.clone());
+    let aborter = spawn(move || {
+        die_after(stores);
+        let told = catch_unwind(AssertUnwindSafe(|| end.abort(&cause(0))));
+        match &told {
+            Ok(()) => end_slices(),
+            Err(_) => own.bury(last),
+        }
+        told.is_err()
+    });
+    let (_rings, stories) = join(rest);
+    let died = aborter.join().expect("no panic");
+    let error = agree(&stories).ops[0]
+        .as_ref()
+        .expect_err("a rank is missing");
+    let lost = (error.status, error.peer) == (Status::PeerLost, last as i32);
+    assert!(*error == cause(0) || died && lost);
     died
 }
 

@@ -9,7 +9,7 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, Runner};
 
 use super::asks;
-use super::scenarios::{aborted, death, desync, exchange, farewell, records, regroup};
+use super::scenarios::{aborted, death, desync, exchange, farewell, last_words, records, regroup};
 use crate::sync::model::{begin, seconds};
 
 const RANKS: u32 = 4;
@@ -68,6 +68,13 @@ fn four_ranks_and_aborts() {
 fn one_of_four_dies() {
     model("one_of_four_dies", || {
         death(RANKS, &asks::<3>(2), 2, (draw(RANKS), draw(150)));
+    });
+}
+
+#[test]
+fn one_of_four_dies_while_it_aborts() {
+    model("one_of_four_dies_while_it_aborts", || {
+        last_words(RANKS, draw(8));
     });
 }
 
