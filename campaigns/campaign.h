@@ -81,6 +81,7 @@ struct holdings {
 };
 struct holdings holdings(void);
 void check_holdings(struct holdings before, const char *when);
+/* What it has in memory, but for the pages of programs. */
 uint64_t resident_bytes(void);
 
 /* Entries of the run directory. */

@@ -39,12 +39,11 @@ struct plan {
 
 /* What one rank did. */
 struct account {
-  atomic_uint created, flushing; /* flushing: the round in which it is in flush, plus one */
+  atomic_uint entering, flushing; /* goes into create now; the round in which it is in flush, plus one */
   rsb_status create_status, status;
   int32_t peer;
   uint64_t ok, ok_hash, error_ns, shrinks, shrink_ns;
   uint32_t last_size;
-  int misnamed; /* create blamed rank 0, which had told the others and gone */
 };
 
 struct stage {

@@ -210,24 +210,23 @@ int kill_rank(struct stage *stage, uint32_t rank) {
   char name[64];
   snprintf(name, sizeof name, "kill-%llu", (unsigned long long)p->number);
   rsb_comm_config config = RSB_COMM_CONFIG_INIT;
-  config.timeout_ns = p->phase == BEFORE_CREATE ? 300000000 : p->phase <= ANY_TIME ? 1500000000 : 10000000000;
+  config.timeout_ns = p->phase == BEFORE_CREATE ? 300000000 : p->phase <= ANY_TIME ? 500000000 : 10000000000;
   config.staging_bytes = 1 << 20;
   rsb_comm *comm = NULL;
   rsb_error err;
+  atomic_store(&l->account->entering, 1);
   rsb_status status = rsb_comm_create_shm(name, rank, p->size, &config, &comm, &err);
   l->account->create_status = status;
   if (status != RSB_OK) {
     l->account->error_ns = now_ns();
-    l->account->misnamed = status == RSB_ERR_TIMEOUT && p->victim != 0 && rank != 0 && err.peer == 0;
     if (p->phase > ANY_TIME || (status != RSB_ERR_PEER_LOST && status != RSB_ERR_TIMEOUT) ||
-        (err.peer != (int32_t)p->victim && !l->account->misnamed)) {
+        err.peer != (int32_t)p->victim) {
       violation("trial %llu rank %u: create: %s peer %d (victim %u): %s", (unsigned long long)p->number, rank,
                 rsb_status_name(status), err.peer, p->victim, err.message);
     }
     check_holdings(before, "after a failed create");
     return 0;
   }
-  atomic_store(&l->account->created, 1);
   uint64_t state = p->seed;
   if (worker_open(&l->worker, comm, 1024 << below(&state, 7), p->seed, &err) != RSB_OK) violation("%s", err.message);
   l->worker.hook = on_callback;
