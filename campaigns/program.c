@@ -14,8 +14,9 @@ static void add(struct program *p, struct step step) {
   p->steps[p->count++] = step;
 }
 
-static struct step plain_submit(uint64_t *state) {
+static struct step plain_submit(int large, uint64_t *state) {
   struct step step = {.kind = STEP_SUBMIT, .plain = 1, .op = random_op(state, 0, 600)};
+  if (large && below(state, 2) == 0) step.op.numel = 8200 + (uint32_t)below(state, 3000);
   step.op.tag = 1 + below(state, UINT64_C(1) << 40);
   return step;
 }
@@ -28,7 +29,7 @@ static void add_call(struct program *p, enum step_kind kind, uint64_t *state) {
   add(p, (struct step){.kind = kind});
 }
 
-void program_draw(struct program *p, uint64_t *state) {
+void program_draw(struct program *p, int large, uint64_t *state) {
   enum { BLOCKS = 12 };
   enum step_kind blocks[BLOCKS];
   size_t count = 4 + below(state, BLOCKS - 3);
@@ -40,15 +41,16 @@ void program_draw(struct program *p, uint64_t *state) {
     blocks[j] = block;
   }
   p->count = 0;
+  p->large = large;
   p->bucket_bytes = 1024 << below(state, 7);
   for (size_t i = 0; i < count; i++) {
     if (blocks[i] == STEP_SUBMIT) {
-      struct step first = plain_submit(state);
+      struct step first = plain_submit(p->large, state);
       /* One of a pair is a float and has elements, so that scale and form can be changed. */
       first.op.dtype = below(state, 2) == 0 ? RSB_DTYPE_F32 : RSB_DTYPE_F64;
       first.op.numel |= 1;
       add(p, first);
-      add(p, plain_submit(state));
+      add(p, plain_submit(p->large, state));
     } else if (blocks[i] == STEP_GATHER) {
       add(p, (struct step){.kind = STEP_GATHER, .bytes = (uint32_t)below(state, 3000)});
     } else {
@@ -113,7 +115,7 @@ void program_mutate(struct program *p, enum mutation mutation, uint64_t *state) 
     case OP: step->op.op = step->op.op == RSB_OP_SUM ? RSB_OP_MAX : RSB_OP_SUM; break;
     case SCALE: step->op.scale = 4; break;
     case FORM: step->op.flat = !step->op.flat; break;
-    case EXTRA_OP: insert(p, at, plain_submit(state)); break;
+    case EXTRA_OP: insert(p, at, plain_submit(p->large, state)); break;
     case LAUNCH_FLUSH: step->kind = step->kind == STEP_FLUSH ? STEP_LAUNCH : STEP_FLUSH; break;
     case GATHER_BYTES: step->bytes += 1 + (uint32_t)below(state, 100); break;
     case EXTRA_GATHER: insert(p, at, (struct step){.kind = STEP_GATHER, .bytes = 3}); break;

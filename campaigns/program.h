@@ -25,6 +25,7 @@ struct program {
   struct step steps[PROGRAM_STEPS];
   size_t count;
   int64_t bucket_bytes;
+  int large; /* half of the submits have rows that threads read in place */
 };
 
 enum mutation {
@@ -34,7 +35,7 @@ enum mutation {
 
 extern const char *const mutation_names[MUTATIONS];
 
-void program_draw(struct program *program, uint64_t *state);
+void program_draw(struct program *program, int large, uint64_t *state);
 void program_mutate(struct program *program, enum mutation mutation, uint64_t *state);
 
 /* The first call in which the ranks differ. */
