@@ -2,18 +2,23 @@
 #define _GNU_SOURCE
 #include "shim.h"
 
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdlib.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 enum { LARGE = 4096 };
 
@@ -82,6 +87,15 @@ SHIM(ssize_t, sendmsg, ENOBUFS, (int fd, const struct msghdr *m, int flags), (fd
 SHIM(ssize_t, recvmsg, ENOMEM, (int fd, struct msghdr *m, int flags), (fd, m, flags))
 SHIM(int, poll, ENOMEM, (struct pollfd *fds, nfds_t n, int timeout), (fds, n, timeout))
 SHIM(int, mkdir, ENOSPC, (const char *path, mode_t mode), (path, mode))
+SHIM(ssize_t, read, ENOMEM, (int fd, void *to, size_t n), (fd, to, n))
+SHIM(ssize_t, readlink, ENOMEM, (const char *path, char *to, size_t n), (path, to, n))
+SHIM(int, fstat64, ENOMEM, (int fd, struct stat64 *to), (fd, to))
+SHIM(int, stat64, ENOMEM, (const char *path, struct stat64 *to), (path, to))
+SHIM(int, lstat64, ENOMEM, (const char *path, struct stat64 *to), (path, to))
+SHIM(int, statx, ENOMEM, (int fd, const char *path, int flags, unsigned mask, struct statx *to),
+     (fd, path, flags, mask, to))
+SHIM(int, flock, ENOLCK, (int fd, int operation), (fd, operation))
+SHIM(int, unlink, ENOMEM, (const char *path), (path))
 
 void *mmap(void *at, size_t n, int access, int flags, int fd, off_t offset) {
   REAL(mmap);
@@ -99,6 +113,24 @@ void *mremap(void *at, size_t old, size_t n, int flags, ...) {
   va_end(arguments);
   REAL(mremap);
   return fails(FAULT_mremap, ENOMEM) ? MAP_FAILED : real(at, old, n, flags, to);
+}
+
+DIR *opendir(const char *path) {
+  REAL(opendir);
+  return fails(FAULT_opendir, EMFILE) ? NULL : real(path);
+}
+
+/* Only a sleep can fail, by a signal. The rest that comes this way (gettid, a wake) has nothing to fail for. */
+long syscall(long number, ...) {
+  long a[6];
+  va_list arguments;
+  va_start(arguments, number);
+  for (int i = 0; i < 6; i++) a[i] = va_arg(arguments, long);
+  va_end(arguments);
+  REAL(syscall);
+  long what = a[1] & FUTEX_CMD_MASK;
+  int sleeps = number == SYS_futex && (what == FUTEX_WAIT || what == FUTEX_WAIT_BITSET);
+  return sleeps && fails(FAULT_syscall, EINTR) ? -1 : real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
 int pthread_create(pthread_t *id, const pthread_attr_t *attr, void *(*run)(void *), void *data) {

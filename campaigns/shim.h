@@ -5,6 +5,7 @@
 #define FAULTS(X) \
   X(mmap) X(mremap) X(mprotect) X(madvise) X(fallocate) X(ftruncate64) X(memfd_create) X(socket) X(bind) X(listen) \
   X(connect) X(accept4) X(getsockopt) X(sendmsg) X(recvmsg) X(poll) X(pthread_create) X(open64) X(fcntl) X(mkdir) \
+  X(read) X(readlink) X(fstat64) X(stat64) X(lstat64) X(statx) X(opendir) X(flock) X(unlink) X(syscall) \
   X(malloc) X(calloc) X(realloc) X(posix_memalign)
 
 enum fault {
