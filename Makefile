@@ -11,7 +11,7 @@ JOBS  ?= 2
 RANKS ?= 4
 
 .PHONY: demo lib test lint rust c sanitize tsan models models-slice memcheck bench bench-torch header ptx ptx-check
-.PHONY: clean
+.PHONY: campaigns clean
 
 demo: target/demo/train_digits
 	target/demo/train_digits --ranks $(RANKS) --data data/digits.csv
@@ -25,7 +25,7 @@ target/demo/train_digits: lib $(DEMO:%=c_examples/%.c) include/rsbucket.h
 	$(CC) -std=c99 -O2 -Wall -Wextra -Iinclude $(DEMO:%=c_examples/%.c) -o $@ \
 	  -Ltarget/release -lrsbucket -lm -Wl,-rpath,$(CURDIR)/target/release
 
-test: rust c sanitize
+test: rust c sanitize campaigns
 
 rust:
 	tools/setup
@@ -46,6 +46,10 @@ sanitize:
 	cmake -S . -B build/sanitize -DRSB_SANITIZE=address,undefined -DRSB_TARGET_DIR=$(CURDIR)/target
 	cmake --build build/sanitize -j $(JOBS)
 	ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
+
+# A little of each failure campaign, about half a minute (campaigns/README.md).
+campaigns: lib
+	$(MAKE) -C campaigns slice
 
 # The ring, with ranks as threads, under ThreadSanitizer: needs a nightly toolchain with rust-src, since a
 # library or a standard library that is not instrumented gives false reports. Elsewhere it says so.

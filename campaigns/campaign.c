@@ -69,6 +69,15 @@ static void cpu_model(char *out, size_t size) {
   if (info != NULL) fclose(info);
 }
 
+/* Of the last minute, with what runs beside. */
+static void report_load(const char *key) {
+  char text[16];
+  double load = 0;
+  getloadavg(&load, 1);
+  snprintf(text, sizeof text, "%.2f", load);
+  report_text(key, text);
+}
+
 static void report_machine(void) {
   char cpu[256], date[32];
   struct utsname system;
@@ -84,6 +93,8 @@ static void report_machine(void) {
   report_text("cpu", cpu);
   report_number("cores", (uint64_t)sysconf(_SC_NPROCESSORS_ONLN));
   report_text("kernel", system.release);
+  if (getenv("CAMPAIGN_COMMIT") != NULL) report_text("commit", getenv("CAMPAIGN_COMMIT"));
+  report_load("load_at_begin");
   report_number("seed", options.seed);
   report_number("trials_asked", options.trials);
   if (options.ranks != 0) report_number("ranks_asked", options.ranks);
@@ -166,6 +177,7 @@ int campaign_end(void) {
     n = violations();
   }
   remove_run_dir();
+  report_load("load_at_end");
   report_number("seconds", (now_ns() - begun) / 1000000000);
   report_number("violations", n);
   json_add("\n}\n");
