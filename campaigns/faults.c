@@ -1,9 +1,10 @@
-/* faults.c - makes each call of the C library fail once, in each phase of a job, on each rank in turn.
+/* faults.c - makes each call of the C library fail once, in each phase of a job, on each rank in turn: processes, threads.
  *
  * Promises: a clean status on all ranks, RSB_ERR_NO_MEMORY where memory or descriptors run out; a refused call changed
  * nothing and can be made again; nothing leaks; what comes later works. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,6 +31,7 @@ static shim_disarm_fn *disarm;
 /* One trial: which call of which rank fails where; and what came of it. */
 struct trial {
   uint64_t number;
+  int threads; /* ranks are threads, not processes */
   enum phase phase;
   int fault;
   uint32_t failing;
@@ -42,7 +44,7 @@ struct trial {
 static struct trial *trial;
 
 static void begin(enum phase phase, uint32_t rank) {
-  if (trial->phase == phase && trial->failing == rank) arm(trial->fault, trial->nth);
+  if (trial->phase == phase && trial->failing == rank) arm(trial->fault, trial->nth, trial->threads);
 }
 
 static void end(enum phase phase, uint32_t rank, rsb_status status) {
@@ -61,8 +63,9 @@ static void judge(uint32_t rank, rsb_status status, const rsb_error *err) {
   int failing = rank == trial->failing, shared_call = trial->phase == CREATE || trial->phase == SHRINK;
   if (status == RSB_OK || status == RSB_ERR_NO_MEMORY) return;
   if (!failing && shared_call && is_gone(status)) return;
-  violation("%s, call %ld of %s fails on rank %u: rank %u gets %s: %s", phase_names[trial->phase], trial->nth,
-            fault_names[trial->fault], trial->failing, rank, rsb_status_name(status), err->message);
+  violation("%s%s, call %ld of %s fails on rank %u: rank %u gets %s: %s", trial->threads ? "threads, " : "",
+            phase_names[trial->phase], trial->nth, fault_names[trial->fault], trial->failing, rank,
+            rsb_status_name(status), err->message);
 }
 
 static rsb_comm *create(uint32_t rank, uint32_t size, const char *suffix, rsb_status *status) {
@@ -115,7 +118,7 @@ static void phases(struct worker *w) {
   worker_check(w, RSB_OK, "the phases");
 }
 
-/* Rank 2 is killed; the others shrink, again if need be. */
+/* Rank 2 is killed, or leaves; the others shrink, again if need be. */
 static rsb_comm *shrink(rsb_comm *comm, uint32_t rank) {
   rsb_comm_config config = RSB_COMM_CONFIG_INIT;
   rsb_comm *next = NULL;
@@ -123,7 +126,11 @@ static rsb_comm *shrink(rsb_comm *comm, uint32_t rank) {
   rsb_status status;
   config.timeout_ns = 1000000000;
   config.staging_bytes = 1 << 20;
-  if (rank == 2) raise(SIGKILL);
+  if (rank == 2 && !trial->threads) raise(SIGKILL);
+  if (rank == 2) {
+    rsb_comm_free(comm);
+    return NULL;
+  }
   status = rsb_comm_all_gather(comm, NULL, NULL, 0, &err);
   if (status != RSB_ERR_PEER_LOST) violation("a death is %s", rsb_status_name(status));
   for (int attempt = 0; attempt < ATTEMPTS && next == NULL; attempt++) {
@@ -138,10 +145,31 @@ static rsb_comm *shrink(rsb_comm *comm, uint32_t rank) {
   return next;
 }
 
-static void run_rank(uint32_t rank, uint32_t size) {
-  static struct worker worker;
-  struct holdings before = holdings();
+/* A rank's life from create to free. */
+static void live(rsb_comm *comm, uint32_t rank) {
+  static struct worker workers[3];
+  struct worker *worker = &workers[rank];
   rsb_error err;
+  if (trial->phase == SHRINK) comm = shrink(comm, rank);
+  if (comm == NULL) return;
+  worker->space = malloc(WORKER_SPACE);
+  begin(BUCKETER, rank);
+  rsb_status status = worker_open(worker, comm, 32768, 9, &err);
+  end(BUCKETER, rank, status);
+  if (status != RSB_OK) {
+    judge(rank, status, &err);
+    if (worker_open(worker, comm, 32768, 9, &err) != RSB_OK) violation("no bucketer: %s", err.message);
+  }
+  phases(worker);
+  worker_rounds(worker, 5, "after the fault");
+  begin(FREE, rank);
+  worker_close(worker);
+  rsb_comm_free(comm);
+  end(FREE, rank, RSB_OK);
+}
+
+static void run_rank(uint32_t rank, uint32_t size) {
+  struct holdings before = holdings();
   rsb_status status;
   begin(CREATE, rank);
   rsb_comm *comm = create(rank, size, "", &status);
@@ -160,47 +188,77 @@ static void run_rank(uint32_t rank, uint32_t size) {
       _exit(0);
     }
   }
-  if (trial->phase == SHRINK) comm = shrink(comm, rank);
-  worker.space = malloc(WORKER_SPACE);
-  begin(BUCKETER, rank);
-  status = worker_open(&worker, comm, 32768, 9, &err);
-  end(BUCKETER, rank, status);
-  if (status != RSB_OK) {
-    judge(rank, status, &err);
-    if (worker_open(&worker, comm, 32768, 9, &err) != RSB_OK) violation("no bucketer: %s", err.message);
-  }
-  phases(&worker);
-  worker_rounds(&worker, 5, "after the fault");
-  begin(FREE, rank);
-  worker_close(&worker);
-  rsb_comm_free(comm);
-  end(FREE, rank, RSB_OK);
+  live(comm, rank);
   check_holdings(before, "after a fault and free");
   _exit(0);
 }
 
-static void run(enum phase phase, int fault, uint32_t failing, long nth) {
+struct end {
+  rsb_comm *comm;
+  uint32_t rank;
+  pthread_t thread;
+};
+
+static void *live_thread(void *data) {
+  struct end *end = data;
+  live(end->comm, end->rank);
+  return NULL;
+}
+
+/* All ranks, which are threads of this process. */
+static void run_threads(uint32_t size) {
+  struct end ends[3];
+  rsb_comm *comms[3];
+  rsb_comm_config config = RSB_COMM_CONFIG_INIT;
+  struct holdings before = holdings();
+  rsb_error err;
+  config.timeout_ns = 1000000000;
+  config.staging_bytes = 1 << 20;
+  begin(CREATE, trial->failing);
+  rsb_status status = rsb_comm_create_local(size, &config, comms, &err);
+  end(CREATE, trial->failing, status);
+  if (status != RSB_OK) {
+    judge(trial->failing, status, &err);
+    check_holdings(before, "after a failed create");
+    status = rsb_comm_create_local(size, &config, comms, &err);
+    if (status != RSB_OK) violation("create fails again: %s", err.message);
+    if (status != RSB_OK) _exit(0);
+  }
+  for (uint32_t r = 0; r < size; r++) {
+    ends[r].comm = comms[r];
+    ends[r].rank = r;
+    if (pthread_create(&ends[r].thread, NULL, live_thread, &ends[r]) != 0) campaign_die("no thread");
+  }
+  for (uint32_t r = 0; r < size; r++) pthread_join(ends[r].thread, NULL);
+  check_holdings(before, "after a fault and free");
+  _exit(0);
+}
+
+static void run(int threads, enum phase phase, int fault, uint32_t failing, long nth) {
   pid_t children[3];
   char who[128];
   uint32_t size = phase == SHRINK ? 3 : 2;
   uint64_t number = trial->number + 1;
   memset(trial, 0, sizeof *trial);
   trial->number = number;
+  trial->threads = threads;
   trial->phase = phase;
   trial->fault = fault;
   trial->failing = failing;
   trial->nth = nth;
-  for (uint32_t r = 0; r < size; r++) {
+  uint32_t processes = threads ? 1 : size;
+  for (uint32_t r = 0; r < processes; r++) {
     children[r] = fork_guarded(GUARD_S);
+    if (children[r] == 0 && threads) run_threads(size);
     if (children[r] == 0) run_rank(r, size);
   }
-  for (uint32_t r = 0; r < size; r++) {
+  for (uint32_t r = 0; r < processes; r++) {
     snprintf(who, sizeof who, "%s, call %ld of %s fails on rank %u: rank %u", phase_names[phase], nth,
              fault_names[fault], failing, r);
     reap(children[r], who, r == 2);
   }
   /* Created on one rank only: some rank has a group that is none. */
-  if (phase == CREATE && trial->formed == 1) {
+  if (!threads && phase == CREATE && trial->formed == 1) {
     violation("%s, call %ld of %s fails on rank %u: the group formed on one rank alone", phase_names[phase], nth,
               fault_names[fault], failing);
   }
@@ -223,24 +281,25 @@ static void preload(char **argv) {
 }
 
 int main(int argc, char **argv) {
-  static uint64_t points[PHASES], by_fault[FAULT_COUNT];
+  static uint64_t points[2][PHASES], by_fault[FAULT_COUNT];
   uint64_t refused = 0, tolerated = 0, missed = 0, seen = 0;
   char key[64];
   preload(argv);
-  campaign_begin("faults", "Every call of the C library fails once, in every phase, on both ranks. N > 1: each Nth only.",
+  campaign_begin("faults", "Every call of the C library fails once, in every phase, on both ranks, which are\nprocesses, then threads. N > 1: each Nth only.",
                  "create bucketer submit flush gather shrink free", 1, argc, argv);
   trial = shared(sizeof *trial);
-  for (int phase = 0; phase < PHASES; phase++) {
+  for (int which = 0; which < 2 * PHASES; which++) {
+    int phase = which % PHASES, threads = which >= PHASES;
     if (!wanted(phase_names[phase])) continue;
     for (uint32_t failing = 0; failing < 2; failing++) {
       long calls[FAULT_COUNT];
-      run((enum phase)phase, 0, failing, 0);
+      run(threads, (enum phase)phase, 0, failing, 0);
       memcpy(calls, trial->calls, sizeof calls);
       for (int fault = 0; fault < FAULT_COUNT; fault++) {
         for (long nth = 1; nth <= calls[fault] && violations() < 200; nth++) {
           if (seen++ % options.trials != 0) continue;
-          run((enum phase)phase, fault, failing, nth);
-          points[phase]++;
+          run(threads, (enum phase)phase, fault, failing, nth);
+          points[threads][phase]++;
           by_fault[fault]++;
           missed += !trial->fired;
           *(trial->status[failing] == RSB_OK ? &tolerated : &refused) += (uint64_t)trial->fired;
@@ -248,9 +307,9 @@ int main(int argc, char **argv) {
       }
     }
   }
-  for (int i = 0; i < PHASES; i++) {
-    snprintf(key, sizeof key, "points_%s", phase_names[i]);
-    report_number(key, points[i]);
+  for (int i = 0; i < 2 * PHASES; i++) {
+    snprintf(key, sizeof key, "points_%s_%s", i < PHASES ? "processes" : "threads", phase_names[i % PHASES]);
+    report_number(key, points[i / PHASES][i % PHASES]);
   }
   for (int i = 0; i < FAULT_COUNT; i++) {
     if (by_fault[i] == 0) continue;

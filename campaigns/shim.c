@@ -23,29 +23,31 @@
 enum { LARGE = 4096 };
 
 static atomic_int armed, chosen, fired;
+static _Thread_local int armed_here;
 static atomic_long left, counts[FAULT_COUNT];
 static void *next[FAULT_COUNT];
 
-void shim_arm(int fault, long nth);
+void shim_arm(int fault, long nth, int this_thread);
 int shim_disarm(long calls[FAULT_COUNT]);
 
-void shim_arm(int fault, long nth) {
+void shim_arm(int fault, long nth, int this_thread) {
   for (int i = 0; i < FAULT_COUNT; i++) counts[i] = 0;
   fired = 0;
   chosen = fault;
   left = nth;
-  armed = 1;
+  armed_here = this_thread;
+  armed = !this_thread;
 }
 
 int shim_disarm(long calls[FAULT_COUNT]) {
-  armed = 0;
+  armed = armed_here = 0;
   for (int i = 0; i < FAULT_COUNT; i++) calls[i] = counts[i];
   return fired;
 }
 
 /* Whether this call is the one. */
 static int fails(enum fault fault, int error) {
-  if (!armed) return 0;
+  if (!armed && !armed_here) return 0;
   atomic_fetch_add(&counts[fault], 1);
   if (fault != (enum fault)chosen || left == 0 || atomic_fetch_sub(&left, 1) != 1) return 0;
   left = 0;

@@ -15,9 +15,9 @@ enum fault {
   FAULT_COUNT
 };
 
-/* From now on calls are counted, and call number `nth` (from 1; 0: none) of `fault` fails, once. Allocations count from
- * 4 KiB on: for less the library may end the process. */
-typedef void shim_arm_fn(int fault, long nth);
+/* From now on calls are counted, of this thread or of all, and call number `nth` (from 1; 0: none) of `fault` fails, once.
+ * Allocations count from 4 KiB on: for less the library may end the process. */
+typedef void shim_arm_fn(int fault, long nth, int this_thread);
 /* Ends that; gives the calls of each function, and whether one has failed. */
 typedef int shim_disarm_fn(long calls[FAULT_COUNT]);
 
