@@ -11,7 +11,7 @@
 #include "engine.h"
 #include "worker.h"
 
-enum { RANKS = 4, CYCLES = 200, MOST_CYCLES = 10000 };
+enum { RANKS = 4, CYCLES = 200, MOST_CYCLES = 10000, STAGING = 1 << 20 };
 static const uint64_t slack = 64 << 10;
 /* Ops before memory counts, beside a quarter of all: until an allocator's arenas are as they stay. */
 static const uint64_t warm_up = 100000;
@@ -59,14 +59,28 @@ static void flushes(rsb_comm *comm, uint64_t ops) {
     args.user_data = &keeper;
     status = rsb_bucketer_submit(bucketer, comm, &args, NULL, &err);
     if (status == RSB_OK && i % 8 == 7) status = rsb_bucketer_flush(bucketer, &err);
-    if (status == RSB_OK && i % 4096 == 0) status = rsb_bucketer_release_buffers(bucketer, &err);
-    if (status == RSB_ERR_BUSY) status = RSB_OK;
+    if (status == RSB_OK && i % 4096 == 4095) status = rsb_bucketer_release_buffers(bucketer, &err);
   }
   if (status == RSB_OK) status = rsb_bucketer_flush(bucketer, &err);
   if (status != RSB_OK) violation("soak: %s", err.message);
   rsb_shard_release(keeper.kept);
   rsb_bucketer_free(bucketer);
   if (keeper.calls != ops) violation("soak: %llu callbacks", (unsigned long long)keeper.calls);
+}
+
+/* Staging is taken as it is used, and how much depends on how far a rank gets ahead. Here each gets ahead as far as it
+ * can, while another one stays away for a moment: what is used later is there already. */
+static void fill_staging(rsb_comm *comm) {
+  uint32_t size = rsb_comm_size(comm);
+  rsb_error err;
+  unsigned char *in = calloc(1, 2 * STAGING), *out = malloc(size * (size_t)(2 * STAGING));
+  if (in == NULL || out == NULL) campaign_die("no memory");
+  for (uint32_t r = 0; r < size; r++) {
+    if (rsb_comm_rank(comm) == r) sleep_ns(50000000);
+    if (rsb_comm_all_gather(comm, in, out, 2 * STAGING, &err) != RSB_OK) violation("soak: %s", err.message);
+  }
+  free(in);
+  free(out);
 }
 
 struct growth {
@@ -100,6 +114,7 @@ static struct life life;
 static void *thread_lives(void *data) {
   static struct growth g;
   struct soak *s = data;
+  fill_staging(s->comm);
   flushes(s->comm, life.ops / 4 + warm_up);
   pthread_barrier_wait(&life.still);
   if (s->rank == 0) g = (struct growth){resident_bytes(), holdings()};
@@ -133,7 +148,7 @@ static void group(enum kind kind, uint32_t size, uint64_t ops, void *(*body)(voi
   pthread_t threads[RANKS];
   rsb_error err;
   rsb_comm_config config = RSB_COMM_CONFIG_INIT;
-  if (kind == THREADS) config.staging_bytes = 1 << 20;
+  if (kind == THREADS) config.staging_bytes = STAGING;
   rsb_status status = kind == ENGINE ? engine_comms(size, &config, comms, &err)
                                      : rsb_comm_create_local(size, &config, comms, &err);
   if (status != RSB_OK) campaign_die("soak: %s", err.message);
@@ -181,7 +196,10 @@ static void process_rank(uint32_t rank, uint64_t ops, uint64_t n, uint64_t growt
   uint64_t now = resident_bytes();
   growth[0] = now > g.before ? now - g.before : 0;
   check_holdings(first, "groups of processes that came and went");
-  if (rsb_comm_create_shm("soak", rank, 2, NULL, &comm, &err) != RSB_OK) campaign_die("soak: %s", err.message);
+  rsb_comm_config config = RSB_COMM_CONFIG_INIT;
+  config.staging_bytes = STAGING;
+  if (rsb_comm_create_shm("soak", rank, 2, &config, &comm, &err) != RSB_OK) campaign_die("soak: %s", err.message);
+  fill_staging(comm);
   flushes(comm, ops / 4 + warm_up);
   g = (struct growth){resident_bytes(), holdings()};
   flushes(comm, ops);
