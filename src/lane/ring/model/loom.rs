@@ -102,6 +102,13 @@ fn two_ranks_and_an_abort() {
 }
 
 #[test]
+fn one_op_and_an_abort() {
+    model("one_op_and_an_abort", few(2), || {
+        aborted(2, &asks::<1>(1), 1, &[0]);
+    });
+}
+
+#[test]
 fn two_ranks_and_two_aborts() {
     model("two_ranks_and_two_aborts", few(1), || {
         aborted(2, &asks::<1>(1), 1, &[0, 1]);

@@ -9,7 +9,9 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, Runner};
 
 use super::asks;
-use super::scenarios::{aborted, death, desync, exchange, farewell, last_words, records, regroup};
+use super::scenarios::{
+    aborted, absent, death, desync, exchange, farewell, last_words, records, regroup,
+};
 use crate::sync::model::{begin, seconds};
 
 const RANKS: u32 = 4;
@@ -75,6 +77,13 @@ fn one_of_four_dies() {
 fn one_of_four_dies_while_it_aborts() {
     model("one_of_four_dies_while_it_aborts", || {
         last_words(RANKS, draw(8));
+    });
+}
+
+#[test]
+fn a_death_is_noticed_while_another_is_away() {
+    model("a_death_is_noticed_while_another_is_away", || {
+        absent(draw(2) == 1);
     });
 }
 
