@@ -2,6 +2,7 @@
  *
  * Promises: resident memory, descriptors and threads do not grow, on threads, processes and an engine, and neither where
  * groups end by a failure. */
+#include <malloc.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -234,6 +235,8 @@ static void processes(uint64_t ops, uint64_t n) {
 int main(int argc, char **argv) {
   campaign_begin("soak", "N ops of each rank on two processes, N / 2 on two threads, N / 20 on an engine; N / 2000 groups,\n10000 at most, of each.",
                  "threads processes engine", 2000000, argc, argv);
+  /* Each thread's arena has fragments of its own, which would be counted once for each rank. */
+  mallopt(M_ARENA_MAX, 1);
   uint64_t n = options.trials, groups = n / 2000 < CYCLES ? CYCLES : n / 2000 > MOST_CYCLES ? MOST_CYCLES : n / 2000;
   if (wanted("processes")) processes(n, groups);
   if (wanted("threads")) {
