@@ -233,7 +233,9 @@ impl State {
     }
 
     pub fn pieces(&mut self) -> Vec<Piece> {
-        self.spare.pop().unwrap_or_default()
+        // Room for a usual chunk at once: lists that grow one by one, as seldom used ones come to their first
+        // full chunk, look like a leak for hours.
+        self.spare.pop().unwrap_or_else(|| Vec::with_capacity(64))
     }
 
     /// A free chunk of memory that was used before.
