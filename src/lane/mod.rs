@@ -34,6 +34,17 @@ use crate::memory::Pool;
 /// Names a lane of one comm.
 pub type LaneId = u32;
 
+/// Puts a lane into the first idle place of a comm's lanes, or a new one. Its name.
+fn take_place<T>(lanes: &mut Vec<Option<T>>, lane: T) -> LaneId {
+    let idle = lanes.iter().position(Option::is_none);
+    let id = idle.unwrap_or_else(|| {
+        lanes.push(None);
+        lanes.len() - 1
+    });
+    lanes[id] = Some(lane);
+    id as LaneId
+}
+
 /// Settings of a comm.
 #[derive(Clone)]
 pub struct Options {

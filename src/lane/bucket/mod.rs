@@ -17,7 +17,7 @@ pub use self::direct::contiguous;
 use self::open::{BucketLane, Route};
 use self::unit::Unit;
 use super::work::{Meter, Work};
-use super::{Endpoint, LaneId};
+use super::{take_place, Endpoint, LaneId};
 use crate::comm::engine::{Abilities, Engine, Kind};
 use crate::dtype::{DType, Op};
 use crate::error::{unsupported, Error, Result};
@@ -176,13 +176,7 @@ impl Buckets {
     /// A new lane.
     pub fn open_lane(&self, dtype: DType, op: Op) -> LaneId {
         let mut st = self.lock();
-        let idle = st.lanes.iter().position(Option::is_none);
-        let id = idle.unwrap_or(st.lanes.len());
-        if id == st.lanes.len() {
-            st.lanes.push(None);
-        }
-        st.lanes[id] = Some(BucketLane::new(dtype, op));
-        id as LaneId
+        take_place(&mut st.lanes, BucketLane::new(dtype, op))
     }
 
     /// Forgets a lane, what it has gathered, and where its results go.

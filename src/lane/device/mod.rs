@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use self::bucket::{Bucket, Route};
 use self::check::Check;
 use self::memory::LaneMemory;
-use super::LaneId;
+use super::{take_place, LaneId};
 use crate::comm::engine::{Abilities, Engine, Kind};
 use crate::cuda::context::Entered;
 use crate::cuda::event::Event;
@@ -242,12 +242,7 @@ impl DeviceBuckets {
     /// A new lane.
     pub fn open_lane(&self, dtype: DType, op: Op) -> LaneId {
         let mut st = self.lock();
-        let idle = st.lanes.iter().position(Option::is_none);
-        let id = idle.unwrap_or(st.lanes.len());
-        if id == st.lanes.len() {
-            st.lanes.push(None);
-        }
-        st.lanes[id] = Some(DeviceLane {
+        let lane = DeviceLane {
             dtype,
             op,
             staged: 0,
@@ -258,8 +253,8 @@ impl DeviceBuckets {
             memory: None,
             rounds: Vec::new(),
             number: 0,
-        });
-        id as LaneId
+        };
+        take_place(&mut st.lanes, lane)
     }
 
     /// Forgets a lane, and what it has gathered.

@@ -18,7 +18,7 @@ use crate::dtype::{DType, Finish, Op};
 use crate::error::{Error, Result, Status};
 use crate::fingerprint::{Chain, Words};
 use crate::lane::work::{Meter, Work};
-use crate::lane::LaneId;
+use crate::lane::{take_place, LaneId};
 #[cfg(not(any(loom, shuttle)))]
 use crate::reduce::Reduction;
 
@@ -190,13 +190,7 @@ impl State {
             travelling: 0,
             dead: false,
         };
-        let idle = self.lanes.iter().position(Option::is_none);
-        let id = idle.unwrap_or(self.lanes.len());
-        if id == self.lanes.len() {
-            self.lanes.push(None);
-        }
-        self.lanes[id] = Some(lane);
-        id as LaneId
+        take_place(&mut self.lanes, lane)
     }
 
     /// Forgets where the lane's results go. Its open chunk keeps its place, since peers may still
