@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <future>
 #include <map>
 #include <mutex>
 
@@ -279,9 +280,13 @@ TEST(Failures, AnAsynchronousErrorEndsTheComm) {
 TEST(Failures, AStickyErrorOfTheDeviceIsFoundByPolling) {
   run_device(1, {}, [](DeviceRank &rank) {
     DeviceWorker worker(rank, 1 << 12);
+    // Nothing runs before it is enqueued: only polling can find what fails.
+    std::promise<void> enqueued;
+    in_stream(rank.producer, [&enqueued] { enqueued.get_future().wait(); });
     fake_cuda_fail("cuLaunchKernel:1~700");
     worker.submit(Op::f32(50));
     worker.launch();
+    enqueued.set_value();
     Error error;
     EXPECT_EQ(ends(rank, error), RSB_ERR_TRANSPORT);
     EXPECT_EQ(error->native_code, 700);
