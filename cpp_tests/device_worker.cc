@@ -2,7 +2,8 @@
 #include "device_worker.h"
 
 #include <cstring>
-#include <memory>
+#include <deque>
+#include <mutex>
 #include <thread>
 
 namespace harness {
@@ -41,6 +42,10 @@ int32_t test(void *, void *, int32_t *done) {
   *done = 1;
   return 0;
 }
+
+// What streams hold. A device that has failed never runs it: so it is not the stream's to free.
+std::mutex in_streams_mutex;
+std::deque<std::function<void()>> in_streams;
 
 void release(void *ctx) { ++static_cast<OverNccl *>(ctx)->released; }
 
@@ -105,6 +110,7 @@ void run_device(uint32_t size, const DeviceOptions &options, const DeviceFn &fn)
         over = size;
         rsb_comm_abort(control[r]);
       });
+  in_streams.clear();
   std::string all;
   for (int i = 0; i < fake_cuda_breaches(); ++i) {
     all += std::string("\n  ") + fake_cuda_breach(i);
@@ -114,14 +120,12 @@ void run_device(uint32_t size, const DeviceOptions &options, const DeviceFn &fn)
 }
 
 void in_stream(CUstream stream, std::function<void()> fn) {
-  auto *held = new std::function<void()>(std::move(fn));
-  EXPECT_CUDA(cuLaunchHostFunc(
-      stream,
-      [](void *data) {
-        std::unique_ptr<std::function<void()>> run(static_cast<std::function<void()> *>(data));
-        (*run)();
-      },
-      held));
+  std::function<void()> *held;
+  {
+    std::lock_guard<std::mutex> lock(in_streams_mutex);
+    held = &in_streams.emplace_back(std::move(fn));
+  }
+  EXPECT_CUDA(cuLaunchHostFunc(stream, [](void *data) { (*static_cast<std::function<void()> *>(data))(); }, held));
 }
 
 DeviceWorker::DeviceWorker(DeviceRank &rank, int64_t bucket_bytes, const rsb_allocator *allocator)

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
-#include <future>
 #include <map>
 #include <mutex>
 
@@ -281,12 +280,11 @@ TEST(Failures, AStickyErrorOfTheDeviceIsFoundByPolling) {
   run_device(1, {}, [](DeviceRank &rank) {
     DeviceWorker worker(rank, 1 << 12);
     // Nothing runs before it is enqueued: only polling can find what fails.
-    std::promise<void> enqueued;
-    in_stream(rank.producer, [&enqueued] { enqueued.get_future().wait(); });
+    fake_cuda_hold(rank.producer);
     fake_cuda_fail("cuLaunchKernel:1~700");
     worker.submit(Op::f32(50));
     worker.launch();
-    enqueued.set_value();
+    fake_cuda_let_go(rank.producer);
     Error error;
     EXPECT_EQ(ends(rank, error), RSB_ERR_TRANSPORT);
     EXPECT_EQ(error->native_code, 700);
