@@ -136,7 +136,7 @@ impl Ring {
         let mut spare = None;
         if total > 0 {
             // Memory may be missing only now, before the call counts.
-            let (held, slot) = self.slot(st, meter)?;
+            let (held, slot) = self.slot(st, None, meter)?;
             (st, spare) = (held, Some(slot));
         }
         self.accept(&mut st, call);
@@ -144,7 +144,7 @@ impl Ring {
         let last = loop {
             let count = (total - from).min(room);
             if count > 0 && spare.is_none() {
-                let (held, slot) = self.slot(st, meter)?;
+                let (held, slot) = self.slot(st, None, meter)?;
                 (st, spare) = (held, Some(slot));
             }
             let slot = spare.take();

@@ -35,9 +35,10 @@ pub struct Ring {
 
 type Held<'a> = MutexGuard<'a, State>;
 
-/// How often a rank that is ahead gives its core away before it takes cold memory: where peers share
-/// the core they catch up meanwhile, and elsewhere it costs next to nothing.
-const YIELDS: u32 = 8;
+/// How long a rank that is ahead waits in a submit for peers that stand still, once, before it takes cold
+/// memory. Peers that share its core catch up meanwhile; others that keep step need less than this.
+const PATIENCE: Duration = Duration::from_micros(200);
+const CROWDED_PATIENCE: Duration = Duration::from_millis(5);
 
 impl Ring {
     /// The ring of one rank's end of a group. `timeout`: none waits for ever.
@@ -184,7 +185,7 @@ impl Ring {
         let ready = lane.open.as_ref().is_some_and(|c| c.slot.is_some()) && start + element <= room;
         if work.numel > 0 && !ready {
             // Memory may be missing only now, before the op counts.
-            let (held, slot) = self.slot(st, meter)?;
+            let (held, slot) = self.slot(st, self.patience(), meter)?;
             (st, spare) = (held, Some(slot));
         }
         self.accept(&mut st, &work.call());
@@ -208,7 +209,7 @@ impl Ring {
                 let slot = match chunk.slot.or(spare.take()) {
                     Some(slot) => slot,
                     None => {
-                        let (held, slot) = self.slot(st, meter)?;
+                        let (held, slot) = self.slot(st, self.patience(), meter)?;
                         (st, spare) = (held, Some(slot));
                         continue;
                     }
@@ -368,25 +369,34 @@ impl Ring {
         }
     }
 
-    /// A free chunk of memory. Waits for peers only where some of ours travel.
-    fn slot<'a>(&'a self, mut st: Held<'a>, meter: &mut Meter) -> Result<(Held<'a>, u32)> {
+    fn patience(&self) -> Option<Duration> {
+        Some(match self.group.spin() {
+            true => PATIENCE,
+            false => CROWDED_PATIENCE,
+        })
+    }
+
+    /// A free chunk of memory. Waits for peers only where some of ours travel; a rank that is ahead waits
+    /// for `patience` before it takes memory that was not used before, none: as long as it takes.
+    fn slot<'a>(
+        &'a self,
+        mut st: Held<'a>,
+        patience: Option<Duration>,
+        meter: &mut Meter,
+    ) -> Result<(Held<'a>, u32)> {
         let group = &self.group;
-        let mut start = None;
-        for _ in 0..YIELDS {
-            if let Some(slot) = st.warm_slot(group) {
-                meter.waited(start);
-                return Ok((st, slot));
-            }
-            if !st.is_ahead() || st.failure.is_some() {
-                break;
-            }
-            start.get_or_insert_with(Instant::now);
-            drop(st);
-            std::thread::yield_now();
-            st = self.lock();
-            st.progress(group, meter);
+        if let Some(slot) = st.warm_slot(group) {
+            return Ok((st, slot));
         }
-        meter.waited(start);
+        if st.is_ahead(group) {
+            let limit = patience.map(|time| Instant::now() + time);
+            let warm = |st: &mut State| st.warm_slot(group).map(Ok);
+            match self.wait_for(st, limit, meter, warm)? {
+                (held, Some(slot)) => return Ok((held, slot)),
+                (held, None) => st = held,
+            }
+            st.note_stuck(group);
+        }
         let free = |st: &mut State| st.slot(group).transpose();
         match self.wait_for(st, None, meter, free)? {
             (st, Some(slot)) => Ok((st, slot)),

@@ -132,6 +132,8 @@ pub struct State {
     sources: Vec<*const u8>,
     /// The rank whose line was missing last.
     awaited: u32,
+    /// How far the slowest rank was when it was last waited for in vain.
+    stuck: Option<u64>,
     /// The first cause, once all that was committed before it is reduced.
     pub failure: Option<Arc<Error>>,
 }
@@ -140,7 +142,7 @@ pub struct State {
 // dropped (rule 6), and the ring's lock lets one thread at a time use them.
 unsafe impl Send for State {}
 
-/// Chunks that travel before a rank gives its core away rather than take cold memory.
+/// Chunks that travel before a rank waits rather than take cold memory.
 const AHEAD: usize = 8;
 
 /// Chunks smaller than this are not timed: reading the clock would cost more than it tells.
@@ -163,6 +165,7 @@ impl State {
             rows: Vec::new(),
             sources: Vec::new(),
             awaited: 0,
+            stuck: None,
             failure: None,
         }
     }
@@ -241,8 +244,13 @@ impl State {
     }
 
     /// Whether this rank is so far ahead of its peers that it may as well let them run.
-    pub fn is_ahead(&self) -> bool {
-        self.slotted >= AHEAD
+    pub fn is_ahead(&self, group: &Group) -> bool {
+        self.slotted >= AHEAD && self.stuck != Some(group.slowest().1)
+    }
+
+    /// Notes that the slowest rank stands still: it is waited for again once it has moved.
+    pub fn note_stuck(&mut self, group: &Group) {
+        self.stuck = Some(group.slowest().1);
     }
 
     /// A free chunk of memory, used before or made real now. `Ok(None)`: one must be awaited.
