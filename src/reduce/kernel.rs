@@ -251,6 +251,10 @@ pub trait Level {
             *to = F16::from_f32(*value);
         }
     }
+
+    /// Fetches the cache line of `at`, which may be anywhere, if there is an instruction for it.
+    #[inline(always)]
+    fn prefetch(_at: *const u8) {}
 }
 
 /// What every CPU of the target has.
@@ -292,6 +296,12 @@ mod x86 {
                 {
                     // SAFETY: passed on.
                     unsafe { run::<$name, In, Out, A, SUM, B>(job) }
+                }
+
+                #[inline(always)]
+                fn prefetch(at: *const u8) {
+                    // SAFETY: a hint, which never faults; every CPU of this target has it.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
                 }
 
                 #[inline(always)]
@@ -344,6 +354,10 @@ mod x86 {
 /// A last block of fewer elements than this is worked off one by one: padding it would cost more.
 const FEW: usize = 8;
 
+/// How many bytes ahead an output that is added to is fetched. The rows come from a cache, it comes from
+/// memory: left to itself the CPU waits for it in every block.
+const AHEAD: usize = 2048;
+
 /// Carries out `job` with rows of `In`, a result of `Out`, values of `A`, in blocks of `B`. With `SUM`
 /// it knows at compile time that it sums, which is worth code of its own.
 ///
@@ -360,26 +374,27 @@ where
 {
     let mut done = 0;
     let plain = (job.divisor, job.factor, job.scale) == (1.0, 1.0, 1.0) && !job.accumulate;
-    if SUM && plain {
-        // Most sums are no more than that: code without the last step, whole blocks only.
-        while job.count - done >= B {
-            // SAFETY: rows and output have `B` elements from `done` on.
-            unsafe { block::<L, In, Out, A, SUM, true, B>(job, done, B) };
-            done += B;
-        }
-    }
-    while done < job.count {
-        let left = job.count - done;
-        // SAFETY: rows and output have `count` elements, so as many from `done` on as a block takes.
+    // Whole blocks first, with a constant length; and most sums have no last step.
+    while job.count - done >= B {
+        // SAFETY: rows and output have `B` elements from `done` on.
         unsafe {
-            if left >= FEW {
-                block::<L, In, Out, A, SUM, false, B>(job, done, B.min(left));
-                done += B.min(left);
+            if SUM && plain {
+                block::<L, In, Out, A, SUM, true, B>(job, done, B);
             } else {
-                block::<Portable, In, Out, A, SUM, false, 1>(job, done, 1);
-                done += 1;
+                block::<L, In, Out, A, SUM, false, B>(job, done, B);
             }
         }
+        done += B;
+    }
+    let left = job.count - done;
+    if left >= FEW {
+        // SAFETY: rows and output have `left` elements from `done` on.
+        unsafe { block::<L, In, Out, A, SUM, false, B>(job, done, left) };
+        return;
+    }
+    for at in done..job.count {
+        // SAFETY: rows and output have an element at `at`.
+        unsafe { block::<Portable, In, Out, A, SUM, false, 1>(job, at, 1) };
     }
 }
 
@@ -422,6 +437,9 @@ unsafe fn block<L, In, Out, A, const SUM: bool, const PLAIN: bool, const B: usiz
         A::scale(&mut acc, job);
     }
     if !PLAIN && job.accumulate {
+        for line in (0..B * size_of::<Out>()).step_by(64) {
+            L::prefetch(out.cast::<u8>().wrapping_add(AHEAD + line));
+        }
         let mut held = [A::ZERO; B];
         // SAFETY: as above.
         unsafe { load::<L, Out, A, B>(out, len, &mut held) };
