@@ -1033,7 +1033,7 @@ typedef struct rsb_stats {
   uint64_t buffer_bytes_peak;
   /** Nanoseconds spent copying inputs. */
   uint64_t pack_ns;
-  /** Nanoseconds spent waiting for peers. */
+  /** Nanoseconds spent waiting for peers, but for waits of about a microsecond at most. */
   uint64_t wait_ns;
   /** Nanoseconds spent reducing. */
   uint64_t reduce_ns;

@@ -288,11 +288,44 @@ impl<C: Copy + Send> Turn<'_, C> {
         result
     }
 
+    /// The usual flush in one step: one bucket is open, and nothing else is pending.
+    fn flush_alone(&mut self, q: &mut Queue<C>, kind: CallKind) -> Option<Step> {
+        let bucketer = self.bucketer;
+        if kind != CallKind::Flush || !q.flights.is_empty() || bucketer.has_devices() {
+            return None;
+        }
+        let (order, index) = q.next_open(0)?;
+        if q.next_open(order).is_some() {
+            return None;
+        }
+        let lane = &mut q.lanes[index];
+        let call = bucketer.call(lane.ordinal?, kind);
+        let mut meter = Meter::default();
+        let comm = &lane.open.as_ref()?.comm;
+        let (launched, done, failure) = comm.flush(lane.id, &call, &mut meter)?;
+        bucketer.counters.meter(&meter);
+        if launched.is_ok() {
+            bucketer.counters.collectives_launched.add(1);
+            bucketer.counters.flushes_explicit.add(1);
+        }
+        let open = lane.open.take()?;
+        let first = lane.taken - open.ops.len() as u64;
+        bucketer.measure(q, &open.comm);
+        let failure = failure.map(|e| (done.saturating_sub(first), Arc::new(e)));
+        self.batch = Hand::new(q, open.ops, failure);
+        self.result = launched;
+        self.plan = Plan::Drain;
+        Some(Step::Batch)
+    }
+
     pub(super) fn launch(&mut self, q: &mut Queue<C>) -> Step {
         let Plan::Launch { kind, limit, .. } = self.plan else {
             return Step::Done;
         };
         let Some(limit) = limit else {
+            if let Some(step) = self.flush_alone(q, kind) {
+                return step;
+            }
             let told = self.announce(q, kind);
             let limit = Some(q.orders + 1);
             self.plan = Plan::Launch {

@@ -23,7 +23,9 @@ impl Counter {
 
     /// Raises it to `n` if it is less.
     pub fn raise(&self, n: u64) {
-        self.0.fetch_max(n, Ordering::Relaxed);
+        if n > self.get() {
+            self.0.fetch_max(n, Ordering::Relaxed);
+        }
     }
 
     /// Its value now.

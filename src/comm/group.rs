@@ -397,14 +397,21 @@ impl Group {
         patience::ring(&self.own_head().bell.0);
     }
 
-    /// Whether what `stall` waits for has come, or never will.
-    pub fn is_over(&self, stall: &Stall) -> bool {
-        self.end().is_some()
+    /// Whether what `stall` waits for has come, or never will, as far as lines tell that seldom change: the
+    /// group word goes from core to core with every chunk, and whoever spins on it holds it up.
+    #[inline]
+    pub fn seems_over(&self, stall: &Stall) -> bool {
+        self.has_ended()
             || self.is_silent(stall.rank())
             || match *stall {
                 Stall::Line { rank, seq } => self.is_published(rank, seq),
                 Stall::Consumed { rank, seq } => self.consumed(rank) > seq,
             }
+    }
+
+    /// Whether what `stall` waits for has come, or never will.
+    pub fn is_over(&self, stall: &Stall) -> bool {
+        self.end().is_some() || self.seems_over(stall)
     }
 
     /// Sleeps until the rank that `stall` names rings its bell, at most `slice`.

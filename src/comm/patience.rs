@@ -13,6 +13,8 @@ use crate::sync::{AtomicU32, Ordering, MODEL};
 /// The longest sleep without a look around.
 pub const SLICE: Duration = Duration::from_micros(500);
 const SPINS: u32 = 1000;
+/// The first of them, about a microsecond, in which nobody looks at a clock.
+const GLANCE: u32 = 32;
 const YIELD_FOR: Duration = Duration::from_millis(if MODEL { 0 } else { 1 });
 
 /// One wait: from its start, or from the last progress, to now.
@@ -48,17 +50,18 @@ impl Patience {
         self.since.map_or(Duration::ZERO, |t| t.elapsed())
     }
 
+    /// The beginning of a wait, too short to be worth two looks at a clock. Whether it was enough.
+    #[inline]
+    pub fn glance(&self, ready: impl Fn() -> bool) -> bool {
+        self.fresh && self.spin && spin(GLANCE, ready)
+    }
+
     /// Waits a little: until `ready` or the end of a slice. `sleep` is what sleeping means here.
     pub fn pause(&mut self, ready: impl Fn() -> bool, sleep: impl FnOnce(Duration)) {
         if self.fresh {
             self.fresh = false;
-            if self.spin {
-                for _ in 0..SPINS {
-                    if ready() {
-                        return;
-                    }
-                    std::hint::spin_loop();
-                }
+            if self.spin && spin(SPINS, &ready) {
+                return;
             }
         }
         let since = *self.since.get_or_insert_with(Instant::now);
@@ -73,6 +76,17 @@ impl Patience {
             sleep(SLICE);
         }
     }
+}
+
+#[inline]
+fn spin(times: u32, ready: impl Fn() -> bool) -> bool {
+    for _ in 0..times {
+        if ready() {
+            return true;
+        }
+        std::hint::spin_loop();
+    }
+    false
 }
 
 /// Sleeps on `word` while it is `seen`, at most `slice`. May wake early.

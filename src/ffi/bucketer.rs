@@ -458,7 +458,7 @@ pub struct rsb_stats {
     pub buffer_bytes_peak: u64,
     /// Nanoseconds spent copying inputs.
     pub pack_ns: u64,
-    /// Nanoseconds spent waiting for peers.
+    /// Nanoseconds spent waiting for peers, but for waits of about a microsecond at most.
     pub wait_ns: u64,
     /// Nanoseconds spent reducing.
     pub reduce_ns: u64,

@@ -384,6 +384,24 @@ impl Endpoint {
         })
     }
 
+    /// Announces a flush of all that a bucketer has open, one lane's ops, launches and completes them, in one
+    /// go. How the launch went, how many of the lane's ops are complete, and why no more will be. None: this
+    /// kind of comm takes the steps one by one.
+    #[allow(clippy::type_complexity)]
+    pub fn flush(
+        &self,
+        id: LaneId,
+        call: &Call,
+        meter: &mut Meter,
+    ) -> Option<(Result<()>, u64, Option<Error>)> {
+        let Lanes::Ring(ring, _) = &self.lanes else {
+            return None;
+        };
+        let (launched, done, failure) = ring.flush(id, call, meter);
+        let failure = failure.map(|e| self.named(Error::clone(&e)));
+        Some((self.naming(launched), done, failure))
+    }
+
     /// Carries out an op at once.
     ///
     /// # Safety

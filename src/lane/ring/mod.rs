@@ -5,22 +5,24 @@
 //! results. So a large tensor streams through like many small ones, and on one host the chunk in
 //! cache is the real bucket. `State` never waits; all waiting is here, with the lock released.
 
+mod carry;
 mod desync;
 mod direct;
 #[cfg(any(loom, shuttle))]
 mod model;
 mod state;
+mod wait;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::state::{Chunk, Content, Piece, State};
 use super::work::{Meter, Waited, Work};
 use super::LaneId;
-use crate::comm::group::{Group, Stall};
-use crate::comm::patience::Patience;
+use crate::comm::group::Group;
 use crate::dtype::{DType, Op};
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, Result};
 use crate::fingerprint::{Call, CallKind};
 use crate::layout::aligned;
 
@@ -31,14 +33,11 @@ pub struct Ring {
     group: Group,
     timeout: Option<Duration>,
     state: Mutex<State>,
+    /// Bytes of staging made real.
+    committed: AtomicU64,
 }
 
 type Held<'a> = MutexGuard<'a, State>;
-
-/// How long a rank that is ahead waits in a submit for peers that stand still, once, before it takes cold
-/// memory. Peers that share its core catch up meanwhile; others that keep step need less than this.
-const PATIENCE: Duration = Duration::from_micros(200);
-const CROWDED_PATIENCE: Duration = Duration::from_millis(5);
 
 impl Ring {
     /// The ring of one rank's end of a group. `timeout`: none waits for ever.
@@ -47,6 +46,7 @@ impl Ring {
             group,
             timeout,
             state: Mutex::new(State::new()),
+            committed: AtomicU64::new(0),
         }
     }
 
@@ -87,7 +87,7 @@ impl Ring {
 
     /// Bytes of staging that this rank has made real.
     pub fn committed(&self) -> u64 {
-        self.lock().committed(&self.group)
+        self.committed.load(Ordering::Relaxed)
     }
 
     /// A new lane.
@@ -353,6 +353,37 @@ impl Ring {
         self.publish(st, id, meter).map(drop)
     }
 
+    /// A flush of all that a bucketer has open, one lane's ops: announces it, publishes them and completes
+    /// them, in one go. How the launch went, and then as [`Ring::completed`].
+    pub fn flush(
+        &self,
+        id: LaneId,
+        call: &Call,
+        meter: &mut Meter,
+    ) -> (Result<()>, u64, Option<Arc<Error>>) {
+        let launched = self.enter(meter).and_then(|mut st| {
+            self.accept(&mut st, call);
+            self.publish(st, id, meter)
+        });
+        let waited = match launched {
+            Err(e) => Err((Err(e.clone()), e)),
+            Ok(mut st) => {
+                let target = st.lane(id).staged;
+                let over = |st: &mut State| (st.lane(id).reduced >= target).then_some(Ok(()));
+                self.wait_for(st, None, meter, over)
+                    .map(|_| target)
+                    .map_err(|e| (Ok(()), e))
+            }
+        };
+        match waited {
+            Ok(done) => (Ok(()), done, None),
+            Err((launched, e)) => {
+                let (done, failure) = self.completed(id);
+                (launched, done, failure.or_else(|| Some(Arc::new(e))))
+            }
+        }
+    }
+
     /// Waits until `target` ops of a lane are complete, or the comm has failed; until `limit` at most.
     pub fn wait(
         &self,
@@ -366,121 +397,6 @@ impl Ring {
         match self.wait_for(st, limit, meter, over) {
             Ok((_, None)) => Waited::TimeUp,
             _ => Waited::Over,
-        }
-    }
-
-    fn patience(&self) -> Option<Duration> {
-        Some(match self.group.spin() {
-            true => PATIENCE,
-            false => CROWDED_PATIENCE,
-        })
-    }
-
-    /// A free chunk of memory. Waits for peers only where some of ours travel; a rank that is ahead waits
-    /// for `patience` before it takes memory that was not used before, none: as long as it takes.
-    fn slot<'a>(
-        &'a self,
-        mut st: Held<'a>,
-        patience: Option<Duration>,
-        meter: &mut Meter,
-    ) -> Result<(Held<'a>, u32)> {
-        let group = &self.group;
-        if let Some(slot) = st.warm_slot(group) {
-            return Ok((st, slot));
-        }
-        if st.is_ahead(group) {
-            let limit = patience.map(|time| Instant::now() + time);
-            let warm = |st: &mut State| st.warm_slot(group).map(Ok);
-            match self.wait_for(st, limit, meter, warm)? {
-                (held, Some(slot)) => return Ok((held, slot)),
-                (held, None) => st = held,
-            }
-            st.note_stuck(group);
-        }
-        let free = |st: &mut State| st.slot(group).transpose();
-        match self.wait_for(st, None, meter, free)? {
-            (st, Some(slot)) => Ok((st, slot)),
-            (_, None) => Err(Error::new(Status::NoMemory, "staging: no chunk is free")),
-        }
-    }
-
-    /// A free line.
-    fn line<'a>(&'a self, mut st: Held<'a>, meter: &mut Meter) -> Result<Held<'a>> {
-        let group = &self.group;
-        if st.has_line(group) {
-            return Ok(st);
-        }
-        let free = |st: &mut State| st.has_line(group).then_some(Ok(()));
-        self.wait_for(st, None, meter, free).map(|(st, _)| st)
-    }
-
-    /// Waits until `over` has an answer, carrying on everything that travels; none once `limit` has
-    /// passed. The lock is released while this rank sleeps.
-    fn wait_for<'a, T>(
-        &'a self,
-        mut st: Held<'a>,
-        limit: Option<Instant>,
-        meter: &mut Meter,
-        mut over: impl FnMut(&mut State) -> Option<Result<T>>,
-    ) -> Result<(Held<'a>, Option<T>)> {
-        let group = &self.group;
-        let mut patience = Patience::new(group.spin());
-        let mut start = None;
-        let answer = loop {
-            let mut moved = false;
-            // What can be answered at once is not held up by work that other calls can do.
-            if let Some(answer) = over(&mut st).or_else(|| {
-                moved = st.progress(group, meter);
-                over(&mut st)
-            }) {
-                break answer.map(Some);
-            }
-            if let Some(e) = &st.failure {
-                break Err(Error::clone(e));
-            }
-            if moved {
-                patience.progress();
-            }
-            if limit.is_some_and(|t| Instant::now() >= t) {
-                break Ok(None);
-            }
-            let Some(stall) = st.stall(group) else {
-                continue;
-            };
-            start.get_or_insert_with(Instant::now);
-            drop(st);
-            patience.pause(
-                || group.is_over(&stall),
-                |slice| {
-                    let left = limit.map_or(slice, |t| t.saturating_duration_since(Instant::now()));
-                    group.sleep(&stall, slice.min(left));
-                },
-            );
-            self.lose_patience(&patience, &stall);
-            st = self.lock();
-        };
-        meter.waited(start);
-        answer.map(|answer| (st, answer))
-    }
-
-    /// Ends the group if a rank is gone that this wait needs, or the awaited one is too late.
-    fn lose_patience(&self, patience: &Patience, stall: &Stall) {
-        let (group, rank) = (&self.group, stall.rank());
-        // A missing line is mourned where lines are read; here it is a chunk that a rank will not reduce.
-        if let Stall::Consumed { seq, .. } = *stall {
-            if let Some(gone) = group.lost(|rank| group.consumed(rank) <= seq) {
-                group.abort(&gone);
-            }
-        }
-        let Some(timeout) = self.timeout else { return };
-        if patience.waited() >= timeout && !group.is_over(stall) {
-            let text = format!(
-                "rank {} waited {:.3} s for rank {rank}, which has made {} calls on this comm",
-                group.rank(),
-                timeout.as_secs_f64(),
-                group.calls(rank)
-            );
-            group.abort(&Error::new(Status::Timeout, text).blame(rank));
         }
     }
 }

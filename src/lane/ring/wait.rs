@@ -1,0 +1,139 @@
+//! All waiting of a ring: for a chunk of memory, for a line, for ops to be complete. The lock is released
+//! while a rank sleeps, and whatever travels is carried on.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::state::State;
+use super::{Held, Ring};
+use crate::comm::group::Stall;
+use crate::comm::patience::Patience;
+use crate::error::{Error, Result, Status};
+use crate::lane::work::Meter;
+
+/// How long a rank that is ahead waits in a submit for peers that stand still, once, before it takes cold
+/// memory. Peers that share its core catch up meanwhile; others that keep step need less than this.
+const PATIENCE: Duration = Duration::from_micros(200);
+const CROWDED_PATIENCE: Duration = Duration::from_millis(5);
+
+impl Ring {
+    /// How long a submit waits for a chunk that was used before.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        Some(match self.group.spin() {
+            true => PATIENCE,
+            false => CROWDED_PATIENCE,
+        })
+    }
+
+    /// A free chunk of memory. Waits for peers only where some of ours travel; a rank that is ahead waits
+    /// for `patience` before it takes memory that was not used before, none: as long as it takes.
+    pub(super) fn slot<'a>(
+        &'a self,
+        mut st: Held<'a>,
+        patience: Option<Duration>,
+        meter: &mut Meter,
+    ) -> Result<(Held<'a>, u32)> {
+        let group = &self.group;
+        if let Some(slot) = st.warm_slot(group) {
+            return Ok((st, slot));
+        }
+        if st.is_ahead(group) {
+            let limit = patience.map(|time| Instant::now() + time);
+            let warm = |st: &mut State| st.warm_slot(group).map(Ok);
+            match self.wait_for(st, limit, meter, warm)? {
+                (held, Some(slot)) => return Ok((held, slot)),
+                (held, None) => st = held,
+            }
+            st.note_stuck(group);
+        }
+        let free = |st: &mut State| st.slot(group).transpose();
+        match self.wait_for(st, None, meter, free)? {
+            (st, Some(slot)) => {
+                let bytes = st.committed(group);
+                self.committed.store(bytes, Ordering::Relaxed);
+                Ok((st, slot))
+            }
+            (_, None) => Err(Error::new(Status::NoMemory, "staging: no chunk is free")),
+        }
+    }
+
+    /// A free line.
+    pub(super) fn line<'a>(&'a self, mut st: Held<'a>, meter: &mut Meter) -> Result<Held<'a>> {
+        let group = &self.group;
+        if st.has_line(group) {
+            return Ok(st);
+        }
+        let free = |st: &mut State| st.has_line(group).then_some(Ok(()));
+        self.wait_for(st, None, meter, free).map(|(st, _)| st)
+    }
+
+    /// Waits until `over` has an answer, carrying on everything that travels; none once `limit` has
+    /// passed. The lock is released while this rank sleeps.
+    pub(super) fn wait_for<'a, T>(
+        &'a self,
+        mut st: Held<'a>,
+        limit: Option<Instant>,
+        meter: &mut Meter,
+        mut over: impl FnMut(&mut State) -> Option<Result<T>>,
+    ) -> Result<(Held<'a>, Option<T>)> {
+        let group = &self.group;
+        let mut patience = Patience::new(group.spin());
+        let mut start = None;
+        let answer = loop {
+            let mut moved = false;
+            // What can be answered at once is not held up by work that other calls can do.
+            if let Some(answer) = over(&mut st).or_else(|| {
+                moved = st.progress(group, meter);
+                over(&mut st)
+            }) {
+                break answer.map(Some);
+            }
+            if let Some(e) = &st.failure {
+                break Err(Error::clone(e));
+            }
+            if moved {
+                patience.progress();
+            }
+            if limit.is_some_and(|t| Instant::now() >= t) {
+                break Ok(None);
+            }
+            let Some(stall) = st.stall(group) else {
+                continue;
+            };
+            drop(st);
+            let ready = || group.seems_over(&stall);
+            if !patience.glance(ready) {
+                start.get_or_insert_with(Instant::now);
+                patience.pause(ready, |slice| {
+                    let left = limit.map_or(slice, |t| t.saturating_duration_since(Instant::now()));
+                    group.sleep(&stall, slice.min(left));
+                });
+            }
+            self.lose_patience(&patience, &stall);
+            st = self.lock();
+        };
+        meter.waited(start);
+        answer.map(|answer| (st, answer))
+    }
+
+    /// Ends the group if a rank is gone that this wait needs, or the awaited one is too late.
+    fn lose_patience(&self, patience: &Patience, stall: &Stall) {
+        let (group, rank) = (&self.group, stall.rank());
+        // A missing line is mourned where lines are read; here it is a chunk that a rank will not reduce.
+        if let Stall::Consumed { seq, .. } = *stall {
+            if let Some(gone) = group.lost(|rank| group.consumed(rank) <= seq) {
+                group.abort(&gone);
+            }
+        }
+        let Some(timeout) = self.timeout else { return };
+        if patience.waited() >= timeout && !group.is_over(stall) {
+            let text = format!(
+                "rank {} waited {:.3} s for rank {rank}, which has made {} calls on this comm",
+                group.rank(),
+                timeout.as_secs_f64(),
+                group.calls(rank)
+            );
+            group.abort(&Error::new(Status::Timeout, text).blame(rank));
+        }
+    }
+}
