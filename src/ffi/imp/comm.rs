@@ -119,6 +119,37 @@ pub unsafe fn comm_create_local(
     unsafe { answer(guarded(create), err) }
 }
 
+/// Makes this rank's end of a group that lives on `what`, and names it.
+///
+/// # Safety
+/// The caller keeps the rules of the header.
+unsafe fn create(
+    config: *const rsb_comm_config,
+    out_comm: *mut *mut rsb_comm,
+    err: *mut rsb_error,
+    what: &str,
+    end: impl FnOnce(&Options) -> Result<Arc<Endpoint>>,
+) -> rsb_status {
+    let create = || {
+        hook_panics();
+        given(out_comm, "out_comm")?;
+        // SAFETY: by the promise of this function.
+        let end = end(&unsafe { options(config)? })?;
+        let (rank, size) = (end.rank(), end.size());
+        let handle = insert(end)?;
+        // SAFETY: there is room for a handle.
+        unsafe { out_comm.write(handle) };
+        log::write(
+            log::Level::Info,
+            "comm",
+            format_args!("rank {rank} of {size} {what}"),
+        );
+        Ok(())
+    };
+    // SAFETY: err is NULL or may be written.
+    unsafe { answer(guarded(create), err) }
+}
+
 pub unsafe fn comm_create_shm(
     name: *const c_char,
     rank: u32,
@@ -127,24 +158,14 @@ pub unsafe fn comm_create_shm(
     out_comm: *mut *mut rsb_comm,
     err: *mut rsb_error,
 ) -> rsb_status {
-    let create = || {
-        hook_panics();
-        given(out_comm, "out_comm")?;
-        // SAFETY: the caller keeps the rules of the header.
-        let (name, options) = unsafe { (text(name), options(config)?) };
-        let name = name.ok_or_else(|| invalid!("name: NULL; expected this job's name"))?;
-        let handle = insert(Endpoint::shm(&name, rank, size, &options)?)?;
-        // SAFETY: there is room for a handle.
-        unsafe { out_comm.write(handle) };
-        log::write(
-            log::Level::Info,
-            "comm",
-            format_args!("rank {rank} of {size} processes"),
-        );
-        Ok(())
-    };
-    // SAFETY: err is NULL or may be written.
-    unsafe { answer(guarded(create), err) }
+    // SAFETY: the caller keeps the rules of the header.
+    unsafe {
+        create(config, out_comm, err, "processes", |options| {
+            let name =
+                text(name).ok_or_else(|| invalid!("name: NULL; expected this job's name"))?;
+            Endpoint::shm(&name, rank, size, options)
+        })
+    }
 }
 
 /// What of the GPU's side is usable: libcuda and libnccl are looked for, and loaded.
@@ -162,24 +183,12 @@ pub unsafe fn comm_wrap_nccl(
     out_comm: *mut *mut rsb_comm,
     err: *mut rsb_error,
 ) -> rsb_status {
-    let create = || {
-        hook_panics();
-        given(out_comm, "out_comm")?;
-        // SAFETY: the caller keeps the rules of the header.
-        let end = unsafe { Endpoint::nccl(nccl_comm, &options(config)?)? };
-        let (rank, size) = (end.rank(), end.size());
-        let handle = insert(end)?;
-        // SAFETY: there is room for a handle.
-        unsafe { out_comm.write(handle) };
-        log::write(
-            log::Level::Info,
-            "comm",
-            format_args!("rank {rank} of {size} on NCCL"),
-        );
-        Ok(())
-    };
-    // SAFETY: err is NULL or may be written.
-    unsafe { answer(guarded(create), err) }
+    // SAFETY: the caller keeps the rules of the header.
+    unsafe {
+        create(config, out_comm, err, "on NCCL", |options| {
+            Endpoint::nccl(nccl_comm, options)
+        })
+    }
 }
 
 pub unsafe fn comm_create_custom(
@@ -190,30 +199,24 @@ pub unsafe fn comm_create_custom(
     out_comm: *mut *mut rsb_comm,
     err: *mut rsb_error,
 ) -> rsb_status {
-    let create = || {
-        hook_panics();
-        given(out_comm, "out_comm")?;
-        // SAFETY: the caller keeps the rules of the header.
-        let (table, options) = unsafe { (structure(transport, "transport")?, options(config)?) };
-        let (engine, abilities) = Transport::new(table)?;
-        let (armed, engine, place) = (engine.armed(), Box::new(engine), (rank, size));
-        let end = match table.flags & RSB_TRANSPORT_DEVICE {
-            0 => Endpoint::custom(engine, abilities, place, &options)?,
-            _ => Endpoint::device(engine, abilities, place, &options)?,
-        };
-        let handle = insert(end)?;
-        armed.store(true, Ordering::Release);
-        // SAFETY: there is room for a handle.
-        unsafe { out_comm.write(handle) };
-        log::write(
-            log::Level::Info,
-            "comm",
-            format_args!("rank {rank} of {size} on a transport"),
-        );
-        Ok(())
+    let mut armed = None;
+    // SAFETY: the caller keeps the rules of the header.
+    let status = unsafe {
+        create(config, out_comm, err, "on a transport", |options| {
+            let table = structure(transport, "transport")?;
+            let (engine, abilities) = Transport::new(table)?;
+            armed = Some(engine.armed());
+            let (engine, place) = (Box::new(engine), (rank, size));
+            match table.flags & RSB_TRANSPORT_DEVICE {
+                0 => Endpoint::custom(engine, abilities, place, options),
+                _ => Endpoint::device(engine, abilities, place, options),
+            }
+        })
     };
-    // SAFETY: err is NULL or may be written.
-    unsafe { answer(guarded(create), err) }
+    if let (Some(armed), true) = (armed, status == Status::Ok.code()) {
+        armed.store(true, Ordering::Release);
+    }
+    status
 }
 
 pub unsafe fn comm_rank(comm: *const rsb_comm) -> u32 {
@@ -280,18 +283,13 @@ pub unsafe fn comm_shrink(
     out_comm: *mut *mut rsb_comm,
     err: *mut rsb_error,
 ) -> rsb_status {
-    let shrink = || {
-        let comm = comm_of(comm)?;
-        given(out_comm, "out_comm")?;
-        // SAFETY: the caller keeps the rules of the header.
-        let options = unsafe { options(config)? };
-        let handle = insert(comm.shrink(&options)?)?;
-        // SAFETY: there is room for a handle.
-        unsafe { out_comm.write(handle) };
-        Ok(())
-    };
-    // SAFETY: err is NULL or may be written.
-    unsafe { answer(guarded(shrink), err) }
+    // SAFETY: the caller keeps the rules of the header.
+    unsafe {
+        match guarded(|| comm_of(comm)) {
+            Ok(comm) => create(config, out_comm, err, "left", |o| comm.shrink(o)),
+            Err(e) => answer(Err(e), err),
+        }
+    }
 }
 
 pub unsafe fn comm_abort(comm: *mut rsb_comm) {
