@@ -8,9 +8,8 @@
 use std::any::Any;
 use std::time::Duration;
 
-use super::control::{
-    CallRecord, Detail, Head, Layout, Line, CALLS, INLINE_WORDS, MESSAGE, NOWHERE,
-};
+use super::control::{CallRecord, Head, Layout, Line, CALLS, INLINE_WORDS, NOWHERE};
+use super::detail;
 use super::keeper;
 use super::patience;
 use super::word::{self, End, Fate, Verdict};
@@ -464,7 +463,7 @@ impl Group {
         if self.end().is_some() {
             return;
         }
-        write_detail(&self.own_head().detail.0, cause);
+        detail::write(&self.own_head().detail.0, cause);
         let culprit = u32::try_from(cause.peer).ok();
         word::abort(self.word(), cause.status, self.rank, culprit);
         self.end();
@@ -479,45 +478,13 @@ impl Group {
     pub fn cause(&self) -> Option<Error> {
         let end = self.end()?;
         let origin = end.origin.min(self.size() - 1);
-        let mut error = read_detail(&self.head(origin).detail.0);
+        let mut error = detail::read(&self.head(origin).detail.0);
         error.status = end.status;
         // Callers index with it: a rank that does not exist is nobody.
         let culprit = end.culprit.filter(|&r| r < self.size());
         error.peer = culprit.map_or(-1, |r| r as i32);
         Some(error)
     }
-}
-
-fn write_detail(detail: &Detail, cause: &Error) {
-    let mut len = cause.message.len().min(MESSAGE - 1);
-    while !cause.message.is_char_boundary(len) {
-        len -= 1;
-    }
-    for (i, word) in detail.text.iter().enumerate() {
-        let mut bytes = [0u8; 8];
-        let from = cause
-            .message
-            .as_bytes()
-            .get(i * 8..len.min(i * 8 + 8))
-            .unwrap_or(&[]);
-        bytes[..from.len()].copy_from_slice(from);
-        word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
-    }
-    detail.native.store(cause.native, Ordering::Relaxed);
-    detail.len.store(len as u32, Ordering::Relaxed);
-}
-
-fn read_detail(detail: &Detail) -> Error {
-    let len = (detail.len.load(Ordering::Relaxed) as usize).min(MESSAGE - 1);
-    let text: Vec<u8> = detail
-        .text
-        .iter()
-        .flat_map(|w| w.load(Ordering::Relaxed).to_ne_bytes())
-        .take(len)
-        .collect();
-    let mut error = Error::new(Status::Transport, String::from_utf8_lossy(&text));
-    error.native = detail.native.load(Ordering::Relaxed);
-    error
 }
 
 /// Checks that the atomics in shared memory are what the layout assumes.

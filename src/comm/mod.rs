@@ -3,6 +3,7 @@
 //! [`nccl`].
 
 pub mod control;
+mod detail;
 pub mod engine;
 pub mod group;
 pub mod keeper;

@@ -6,29 +6,28 @@
 pub mod bucket;
 pub mod device;
 mod gpu;
+mod options;
 pub mod ring;
 pub mod work;
 
-use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use self::bucket::Buckets;
 use self::device::{DeviceBuckets, DIRECT};
+pub use self::options::Options;
+use self::options::{check_engine, check_rank};
 use self::ring::Ring;
 use self::work::{Meter, Waited, Work};
-use crate::comm::control::Layout;
 use crate::comm::engine::{Abilities, Engine};
 use crate::comm::group::Group;
 use crate::comm::local;
 use crate::comm::shm;
 use crate::comm::shrink::{self, Origin};
-use crate::comm::word::MAX_RANKS;
 use crate::dtype::{DType, Op};
 use crate::error::{invalid, unsupported, Error, Result, Status};
 use crate::fingerprint::Call;
-use crate::layout::DEFAULT_STAGING;
 use crate::memory::Pool;
 
 /// Names a lane of one comm.
@@ -43,82 +42,6 @@ fn take_place<T>(lanes: &mut Vec<Option<T>>, lane: T) -> LaneId {
     });
     lanes[id] = Some(lane);
     id as LaneId
-}
-
-/// Settings of a comm.
-#[derive(Clone)]
-pub struct Options {
-    /// How long a wait may last without progress; none: for ever.
-    pub timeout: Option<Duration>,
-    /// Reduce as shared memory does, also on an engine.
-    pub exact: bool,
-    /// The caller's name for the comm, in errors; empty: none.
-    pub label: String,
-    /// A host comm of the same ranks for the cross-check.
-    pub control: Option<Arc<Endpoint>>,
-    /// Shared staging of a rank; 0: the default.
-    pub staging_bytes: usize,
-    /// Device comm: the stream of inputs, and the one in whose order results are ready; null: none.
-    pub stream: *mut c_void,
-    /// See `stream`.
-    pub result_stream: *mut c_void,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Options {
-            timeout: Some(Duration::from_secs(300)),
-            exact: false,
-            label: String::new(),
-            control: None,
-            staging_bytes: 0,
-            stream: std::ptr::null_mut(),
-            result_stream: std::ptr::null_mut(),
-        }
-    }
-}
-
-impl Options {
-    /// Host memory has no streams.
-    fn refuse_streams(&self) -> Result<()> {
-        for (name, stream) in [
-            ("stream", self.stream),
-            ("result_stream", self.result_stream),
-        ] {
-            if !stream.is_null() {
-                return Err(invalid!(
-                    "config->{name}: given for a comm of host memory; expected NULL"
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn ring(&self, group: Group, origin: Origin) -> Arc<Endpoint> {
-        endpoint(
-            &self.label,
-            Lanes::Ring(Ring::new(group, self.timeout), origin),
-        )
-    }
-
-    fn layout(&self, size: u32) -> Result<Layout> {
-        self.refuse_streams()?;
-        if size == 0 || size > MAX_RANKS {
-            return Err(invalid!(
-                "size: {size}; expected 1 to {MAX_RANKS} ranks on one host"
-            ));
-        }
-        if self.control.is_some() {
-            return Err(invalid!(
-                "control: given; expected NULL, since ranks on one host are checked anyway"
-            ));
-        }
-        let staging = match self.staging_bytes {
-            0 => DEFAULT_STAGING.max(Layout::least_staging(size)),
-            bytes => bytes,
-        };
-        Layout::new(staging, size)
-    }
 }
 
 enum Lanes {
@@ -143,12 +66,17 @@ fn endpoint(label: &str, lanes: Lanes) -> Arc<Endpoint> {
     })
 }
 
+fn on_ring(options: &Options, group: Group, origin: Origin) -> Arc<Endpoint> {
+    let ring = Ring::new(group, options.timeout);
+    endpoint(&options.label, Lanes::Ring(ring, origin))
+}
+
 impl Endpoint {
     /// `size` ranks as threads of this process.
     pub fn local(size: u32, options: &Options) -> Result<Vec<Arc<Endpoint>>> {
         let layout = options.layout(size)?;
         let (ends, threads) = local::create(size, layout)?;
-        let end = |group| options.ring(group, Origin::Local(threads.clone()));
+        let end = |group| on_ring(options, group, Origin::Local(threads.clone()));
         Ok(ends.into_iter().map(end).collect())
     }
 
@@ -163,7 +91,7 @@ impl Endpoint {
             name,
             generation: 0,
         };
-        Ok(options.ring(group, origin))
+        Ok(on_ring(options, group, origin))
     }
 
     /// Rank `rank` of `size` on an engine. On error the engine is not released.
@@ -192,7 +120,7 @@ impl Endpoint {
     #[cfg(fuzzing)]
     #[doc(hidden)]
     pub fn on_group(group: Group, origin: Origin, options: &Options) -> Arc<Endpoint> {
-        options.ring(group, origin)
+        on_ring(options, group, origin)
     }
 
     /// This rank's end of the smaller group that the survivors of a lost rank form. Blocks for them.
@@ -211,7 +139,7 @@ impl Endpoint {
         }
         let layout = |size| options.layout(size);
         let formed = shrink::shrink(ring.group(), origin, layout, options.timeout);
-        self.naming(formed.map(|(group, origin)| options.ring(group, origin)))
+        self.naming(formed.map(|(group, origin)| on_ring(options, group, origin)))
     }
 
     /// A number that no other comm of this process has or had.
@@ -287,6 +215,11 @@ impl Endpoint {
     #[inline]
     fn naming<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|e| self.named(e))
+    }
+
+    /// Whether its ranks share memory.
+    fn is_ring(&self) -> bool {
+        matches!(self.lanes, Lanes::Ring(..))
     }
 
     /// Bytes of shared staging that this rank has made real.
@@ -481,47 +414,4 @@ fn only_on_host() -> Error {
         Status::Panic,
         "a device comm was asked for a host comm's work",
     )
-}
-
-fn check_rank(rank: u32, size: u32) -> Result<()> {
-    if rank >= size {
-        return Err(invalid!(
-            "rank: {rank}; expected 0 to {} for size {size}",
-            size.saturating_sub(1)
-        ));
-    }
-    Ok(())
-}
-
-fn check_engine(abilities: Abilities, rank: u32, size: u32, options: &Options) -> Result<()> {
-    if size == 0 || size > i32::MAX as u32 {
-        return Err(invalid!("size: {size}; expected 1 to {}", i32::MAX));
-    }
-    check_rank(rank, size)?;
-    if options.staging_bytes != 0 {
-        return Err(invalid!(
-            "staging_bytes: {}; expected 0, since a transport shares no memory",
-            options.staging_bytes
-        ));
-    }
-    if options.exact && !abilities.all_to_all {
-        return Err(unsupported!(
-            "flags: RSB_COMM_EXACT needs a transport with ALL_TO_ALL; this one has none"
-        ));
-    }
-    if let Some(control) = &options.control {
-        if !matches!(control.lanes, Lanes::Ring(..)) {
-            return Err(invalid!(
-                "control: a comm on a transport; expected a local or shm comm"
-            ));
-        }
-        if (control.rank(), control.size()) != (rank, size) {
-            return Err(invalid!(
-                "control: rank {} of {}; expected rank {rank} of {size}, like this comm",
-                control.rank(),
-                control.size()
-            ));
-        }
-    }
-    Ok(())
 }
