@@ -168,7 +168,7 @@ TEST(Contexts, DoNotMix) {
   Device one(0);
   const CUstream stream = one.stream();
   const CUevent event = one.event();
-  const CUfunction function = one.function("rsb_pack_raw_few");
+  const CUfunction function = one.function("rsb_pack_few");
   Device two(1);
   const CUstream other = two.stream();
   EXPECT_EQ(cuEventRecord(event, other), CUDA_ERROR_INVALID_HANDLE);
@@ -262,9 +262,9 @@ TEST(Modules, AreTextThatTheOldestDriverTakes) {
   Device device;
   CUmodule module = nullptr;
   EXPECT_EQ(cuModuleLoadData(&module, "\n.version 8.8\n.target sm_70\n"), CUDA_ERROR_INVALID_PTX);
-  ASSERT_CUDA(cuModuleLoadData(&module, "\n.version 6.4\n.target sm_70\n.visible .entry rsb_pack_raw(\n"));
+  ASSERT_CUDA(cuModuleLoadData(&module, "\n.version 6.4\n.target sm_70\n.visible .entry rsb_pack(\n"));
   CUfunction function = nullptr;
-  EXPECT_CUDA(cuModuleGetFunction(&function, module, "rsb_pack_raw"));
+  EXPECT_CUDA(cuModuleGetFunction(&function, module, "rsb_pack"));
   EXPECT_EQ(cuModuleGetFunction(&function, module, "rsb_reduce_f32"), CUDA_ERROR_NOT_FOUND) << "not in this text";
   EXPECT_CUDA(cuModuleUnload(module));
   EXPECT_EQ(cuModuleUnload(module), CUDA_ERROR_INVALID_HANDLE);
@@ -285,18 +285,18 @@ TEST(Modules, LaunchesHaveTheGridOfTheirParameters) {
   pack.segments = pack.end = 1;
   pack.count = 100;
   const CUstream stream = device.stream();
-  EXPECT_CUDA(device.launch("rsb_pack_raw_few", 1, &pack, stream));
+  EXPECT_CUDA(device.launch("rsb_pack_few", 1, &pack, stream));
   fake_cuda_wait(stream);
   EXPECT_EQ(Device::read(pack.dst, 100), Bytes(100, 8));
-  EXPECT_EQ(device.launch("rsb_pack_raw_few", 2, &pack, stream), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(device.launch("rsb_pack_few", 2, &pack, stream), CUDA_ERROR_INVALID_VALUE);
   EXPECT_TRUE(breached("expected 1x1x1"));
   // A module goes when none of its kernels is under way: unloading would wait for them.
   CUmodule module = nullptr;
   ASSERT_CUDA(cuModuleLoadData(&module, "\n.version 6.4\n.target sm_70\n"));
   fake_cuda_hold(stream);
-  EXPECT_CUDA(device.launch("rsb_pack_raw_few", 1, &pack, stream));
+  EXPECT_CUDA(device.launch("rsb_pack_few", 1, &pack, stream));
   EXPECT_CUDA(cuModuleUnload(module));
-  EXPECT_TRUE(breached("cuModuleUnload while rsb_pack_raw_few is under way"));
+  EXPECT_TRUE(breached("cuModuleUnload while rsb_pack_few is under way"));
   fake_cuda_let_go(stream);
 }
 

@@ -74,7 +74,7 @@ TEST_F(Kernels, PiecesAreCopiedAtAnyAlignmentAndLength) {
         p.dst = device.memory(bytes, to);
         p.segments = 1;
         p.segment[0] = {device.memory(data, from), 0, bytes, chunks(bytes, 1), 0};
-        run("rsb_pack_raw_few", p.segment[0].end, &p);
+        run("rsb_pack_few", p.segment[0].end, &p);
         ASSERT_EQ(Device::read(p.dst, bytes), data) << bytes << " bytes from " << from << " to " << to;
         ASSERT_TRUE(device.surroundings_untouched());
         device.free_memory();
@@ -96,7 +96,7 @@ TEST_F(Kernels, FlatTensorsAreCutIntoRowsAndPadded) {
         p.segments = 1;
         p.segment[0] = {device.memory(data), at * width, shard * width, rows * chunks(shard, width),
                         static_cast<uint32_t>(1 + (shard * rows - numel) * width)};
-        run("rsb_pack_raw", p.segment[0].end, &p);
+        run("rsb_pack", p.segment[0].end, &p);
         Bytes expected(stride * rows * width, 0x11);
         for (size_t r = 0; r < rows; ++r) {
           for (size_t i = 0; i < shard * width; ++i) {
@@ -144,39 +144,9 @@ TEST_F(Kernels, OneLaunchPacksManyTensors) {
     }
     at += bytes;
   }
-  run("rsb_pack_raw", end, &p);
+  run("rsb_pack", end, &p);
   EXPECT_EQ(Device::read(p.dst, expected.size()), expected);
   EXPECT_TRUE(device.surroundings_untouched());
-}
-
-TEST_F(Kernels, CastsOfAllHalvesAreExact) {
-  for (const bool brain : {false, true}) {
-    const rsb_dtype dtype = brain ? RSB_DTYPE_BF16 : RSB_DTYPE_F16;
-    Bytes data(65536 * 2), expected(65536 * 4);
-    for (uint32_t bits = 0; bits < 65536; ++bits) {
-      const auto half = static_cast<uint16_t>(bits);
-      std::memcpy(&data[bits * 2], &half, 2);
-      const double value = values::load(dtype, &data[bits * 2]);
-      const auto single = static_cast<float>(value);
-      const uint32_t canonical = 0x7FC00000;
-      std::memcpy(&expected[bits * 4], std::isnan(value) ? static_cast<const void *>(&canonical) : &single, 4);
-    }
-    for (const size_t misaligned : {0u, 1u, 2u}) {
-      // In two rows, the second one element short.
-      Pack<127> p{};
-      p.dst = device.memory(expected.size() + 8, misaligned * 2);
-      p.stride = 32769;
-      p.rows = 2;
-      p.segments = 1;
-      p.segment[0] = {device.memory(data, misaligned), 0, 32769, 2 * chunks(32769, 2), 1 + 2};
-      run(brain ? "rsb_pack_bf16_f32" : "rsb_pack_f16_f32", p.segment[0].end, &p);
-      Bytes padded = expected;
-      padded.resize(expected.size() + 8);
-      ASSERT_EQ(Device::read(p.dst, padded.size()), padded) << "misaligned by " << misaligned;
-      ASSERT_TRUE(device.surroundings_untouched());
-      device.free_memory();
-    }
-  }
 }
 
 // ---- Reduce ---------------------------------------------------------------------------------------
@@ -259,6 +229,24 @@ Bytes reduced(Device &device, CUstream stream, const Case &c, const std::vector<
 
 bool is_nan(rsb_dtype dtype, const unsigned char *at) {
   return values::is_float(dtype) && std::isnan(values::load(dtype, at));
+}
+
+TEST_F(Kernels, AllHalvesAreConvertedExactly) {
+  for (const rsb_dtype dtype : {RSB_DTYPE_F16, RSB_DTYPE_BF16}) {
+    Bytes data(65536 * 2), expected(65536 * 4);
+    for (uint32_t bits = 0; bits < 65536; ++bits) {
+      const auto half = static_cast<uint16_t>(bits);
+      std::memcpy(&data[bits * 2], &half, 2);
+      const double value = values::load(dtype, &data[bits * 2]);
+      const auto single = static_cast<float>(value);
+      const uint32_t canonical = 0x7FC00000;
+      std::memcpy(&expected[bits * 4], std::isnan(value) ? static_cast<const void *>(&canonical) : &single, 4);
+    }
+    const Case c{dtype, RSB_DTYPE_F32, RSB_OP_SUM, 1.0, false};
+    for (const size_t misaligned : {0u, 1u, 2u}) {
+      EXPECT_EQ(reduced(device, stream, c, {data}, Bytes(expected.size()), misaligned), expected) << c.text();
+    }
+  }
 }
 
 TEST_F(Kernels, EveryReductionIsTheOracles) {

@@ -3,13 +3,9 @@
 
 use std::fs;
 
-const KERNELS: [&str; 14] = [
-    "rsb_pack_raw",
-    "rsb_pack_raw_few",
-    "rsb_pack_f16_f32",
-    "rsb_pack_f16_f32_few",
-    "rsb_pack_bf16_f32",
-    "rsb_pack_bf16_f32_few",
+const KERNELS: [&str; 10] = [
+    "rsb_pack",
+    "rsb_pack_few",
     "rsb_reduce_f32",
     "rsb_reduce_f64",
     "rsb_reduce_f16",

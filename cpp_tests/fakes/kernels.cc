@@ -59,15 +59,15 @@ template <unsigned N> unsigned pack_blocks(const void *params) {
   return p->segments == 0 || p->segments > N ? 0 : p->segment[p->segments - 1].end;
 }
 
-template <unsigned N, unsigned IN, unsigned OUT> std::vector<fake::Access> pack_accesses(const void *params) {
+template <unsigned N> std::vector<fake::Access> pack_accesses(const void *params) {
   auto *p = (const Pack<N> *)params;
   std::vector<fake::Access> all;
   for (unsigned i = 0; i < p->segments && i < N; i++) {
     auto &s = p->segment[i];
-    uint64_t src = (uint64_t)s.src, dst = (uint64_t)p->dst + s.at * OUT;
+    uint64_t src = (uint64_t)s.src, dst = (uint64_t)p->dst + s.at;
     uint64_t rows = s.flat == 0 ? 1 : p->rows, pad = s.flat == 0 ? 0 : s.flat - 1;
-    all.push_back({src, (rows * s.count - pad) * IN, false});
-    for (uint64_t r = 0; r < rows; r++) all.push_back({dst + r * p->stride * OUT, s.count * OUT, true});
+    all.push_back({src, rows * s.count - pad, false});
+    for (uint64_t r = 0; r < rows; r++) all.push_back({dst + r * p->stride, s.count, true});
   }
   return all;
 }
@@ -114,10 +114,9 @@ template <class P, void (*KERNEL)(const P &)> void run(const void *params, unsig
   }
 }
 
-#define PACKED(NAME, N, IN, OUT)                                                                    \
+#define PACKED(NAME, N)                                                                             \
   fake::Kernel {                                                                                    \
-    #NAME, sizeof(Pack<N>), pack_blocks<N>, pack_accesses<N, IN, OUT>, run<Pack<N>, source::NAME>,  \
-        pack_translate<N>                                                                           \
+    #NAME, sizeof(Pack<N>), pack_blocks<N>, pack_accesses<N>, run<Pack<N>, source::NAME>, pack_translate<N> \
   }
 #define REDUCED(T)                                                                                  \
   fake::Kernel {                                                                                    \
@@ -126,9 +125,7 @@ template <class P, void (*KERNEL)(const P &)> void run(const void *params, unsig
   }
 
 const fake::Kernel KERNELS[] = {
-    PACKED(rsb_pack_raw, 127, 1, 1),      PACKED(rsb_pack_raw_few, 16, 1, 1),
-    PACKED(rsb_pack_f16_f32, 127, 2, 4),  PACKED(rsb_pack_f16_f32_few, 16, 2, 4),
-    PACKED(rsb_pack_bf16_f32, 127, 2, 4), PACKED(rsb_pack_bf16_f32_few, 16, 2, 4),
+    PACKED(rsb_pack, 127), PACKED(rsb_pack_few, 16),
     REDUCED(f32),                         REDUCED(f64),
     REDUCED(f16),                         REDUCED(bf16),
     REDUCED(i32),                         REDUCED(i64),

@@ -6,8 +6,8 @@
 // by its number: segment i has the chunks before `end`, from the `end` before it. So the work is even
 // whatever the sizes of tensors are, and no launch depends on the device.
 //
-// pack    copies pieces of tensors into a bucket, in rows, with zeros after a tensor's end, cast to
-//         the bucket's type where it is another one.
+// pack    copies pieces of tensors into a bucket, in rows, with zeros after a tensor's end. All is in
+//         bytes: ops travel in their own type, and reduce is where types are converted.
 // reduce  combines rows in rank order and takes the last step: average, scale, accumulate, convert.
 //         With one row it is the last step alone.
 //
@@ -21,16 +21,16 @@
 // ---- Parameters: src/cuda/kernels.rs has the same -----------------------------------------------------
 
 struct PackSegment {
-  const u8 *src; // where the elements lie
-  u64 at;     // elements from dst to where they go
-  u64 count;  // elements; of one row, if flat
+  const u8 *src; // where the bytes lie
+  u64 at;     // bytes from dst to where they go
+  u64 count;  // bytes; of one row, if flat
   u32 end;    // chunks up to here
-  u32 flat;   // 0: a piece; 1 + pad: `rows` rows end to end, without the last `pad` elements: zeros
+  u32 flat;   // 0: a piece; 1 + pad: `rows` rows end to end, without the last `pad` bytes: zeros
 };
 
 template <u32 N> struct Pack {
   u8 *dst;
-  u64 stride;  // elements from one row of the bucket to the next
+  u64 stride;  // bytes from one row of the bucket to the next
   u32 rows;
   u32 segments;
   PackSegment segment[N];
@@ -174,7 +174,7 @@ DEVICE u64 least_of(u64 a, u64 b) { return a < b ? a : b; }
 
 // ---- Pack -------------------------------------------------------------------------------------------------
 
-// What a block packs: `count` elements, the first `real` of them from memory, then zeros.
+// What a block packs: `count` bytes, the first `real` of them from memory, then zeros.
 struct Piece {
   const u8 *from;
   u8 *to;
@@ -182,28 +182,27 @@ struct Piece {
   u32 real;
 };
 
-template <class P> DEVICE Piece piece_of(const P &p, u32 in, u32 out) {
+template <class P> DEVICE Piece piece_of(const P &p) {
   u32 i = find(p);
   PackSegment s = p.segment[i];
   u32 chunk = blockIdx.x - (i == 0 ? 0 : p.segment[i - 1].end);
-  u32 width = CHUNK / in;
   const u8 *from = s.src;
-  u8 *to = p.dst + s.at * out;
+  u8 *to = p.dst + s.at;
   u64 real = s.count;
   if (s.flat != 0) {
-    u32 chunks = (u32)((s.count + width - 1) / width);
+    u32 chunks = (u32)((s.count + CHUNK - 1) / CHUNK);
     u64 row = chunk / chunks;
     chunk -= (u32)row * chunks;
     u64 before = row * s.count, total = p.rows * s.count - (s.flat - 1);
     real = total > before ? total - before : 0;
-    from += before * in;
-    to += row * p.stride * out;
+    from += before;
+    to += row * p.stride;
   }
-  u64 begin = (u64)chunk * width;
-  u32 count = (u32)least_of(s.count - begin, width);
+  u64 begin = (u64)chunk * CHUNK;
+  u32 count = (u32)least_of(s.count - begin, CHUNK);
   Piece piece;
-  piece.from = from + begin * in;
-  piece.to = to + begin * out;
+  piece.from = from + begin;
+  piece.to = to + begin;
   piece.count = count;
   piece.real = real > begin ? (u32)least_of(real - begin, count) : 0;
   return piece;
@@ -214,30 +213,10 @@ DEVICE void zeros(u8 *to, u32 bytes) {
   for (u32 i = threadIdx.x; i < bytes; i += THREADS) to[i] = 0;
 }
 
-template <class P> DEVICE void pack_raw(const P &p) {
-  Piece piece = piece_of(p, 1, 1);
+template <class P> DEVICE void pack(const P &p) {
+  Piece piece = piece_of(p);
   if (piece.real > 0) copy(piece.from, piece.to, piece.real);
   zeros(piece.to + piece.real, piece.count - piece.real);
-}
-
-template <class In, class Out, u32 E> DEVICE void cast(const u8 *from, u8 *to, u32 i) {
-  Vector<In, E> in;
-  Vector<Out, E> out;
-  load<In, E>(from + i * sizeof(In), &in);
-#pragma unroll
-  for (u32 e = 0; e < E; e++) from_f32(to_f32(in.element[e]), &out.element[e]);
-  store<Out, E>(out, to + i * sizeof(Out));
-}
-
-template <class In, class Out, class P> DEVICE void pack_cast(const P &p) {
-  const u32 E = 16 / sizeof(In);
-  Piece piece = piece_of(p, sizeof(In), sizeof(Out));
-  u32 whole = fits<In, E>(low(piece.from)) && fits<Out, E>(low(piece.to)) ? piece.real / E * E : 0;
-#pragma unroll 1
-  for (u32 i = threadIdx.x * E; i < whole; i += THREADS * E) cast<In, Out, E>(piece.from, piece.to, i);
-#pragma unroll 1
-  for (u32 i = whole + threadIdx.x; i < piece.real; i += THREADS) cast<In, Out, 1>(piece.from, piece.to, i);
-  zeros(piece.to + piece.real * sizeof(Out), (piece.count - piece.real) * (u32)sizeof(Out));
 }
 
 // ---- Reduce -----------------------------------------------------------------------------------------------
@@ -365,14 +344,10 @@ template <class In> DEVICE void reduce(const Reduce &p) {
 #define GIVEN(T) const __grid_constant__ T
 #endif
 
-#define PACK(NAME, N, CALL) \
-  extern "C" __global__ void __launch_bounds__(THREADS) NAME(GIVEN(Pack<N>) p) { CALL(p); }
-PACK(rsb_pack_raw, 127, pack_raw)
-PACK(rsb_pack_raw_few, 16, pack_raw)
-PACK(rsb_pack_f16_f32, 127, (pack_cast<f16, f32>))
-PACK(rsb_pack_f16_f32_few, 16, (pack_cast<f16, f32>))
-PACK(rsb_pack_bf16_f32, 127, (pack_cast<bf16, f32>))
-PACK(rsb_pack_bf16_f32_few, 16, (pack_cast<bf16, f32>))
+#define PACK(NAME, N) \
+  extern "C" __global__ void __launch_bounds__(THREADS) NAME(GIVEN(Pack<N>) p) { pack(p); }
+PACK(rsb_pack, 127)
+PACK(rsb_pack_few, 16)
 
 #define REDUCE(T) \
   extern "C" __global__ void __launch_bounds__(THREADS) rsb_reduce_##T(GIVEN(Reduce) p) { reduce<T>(p); }

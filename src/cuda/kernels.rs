@@ -176,8 +176,8 @@ impl Kernels {
             pack_few: none,
             reduce: [none; DType::ALL.len()],
         };
-        kernels.pack = kernels.function(c"rsb_pack_raw")?;
-        kernels.pack_few = kernels.function(c"rsb_pack_raw_few")?;
+        kernels.pack = kernels.function(c"rsb_pack")?;
+        kernels.pack_few = kernels.function(c"rsb_pack_few")?;
         let reduce = [
             c"rsb_reduce_f32",
             c"rsb_reduce_f64",
