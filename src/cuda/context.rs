@@ -107,6 +107,11 @@ impl Context {
         self.ordinal
     }
 
+    /// Whether both are the same to the driver.
+    pub fn is(&self, other: &Context) -> bool {
+        self.raw == other.raw
+    }
+
     /// Makes the context current while the result lives.
     pub fn enter(&self) -> Result<Entered<'_>> {
         // SAFETY: the context lives while this comm does: by our reference, or by the caller's.

@@ -2,7 +2,8 @@
 //! which every driver since CUDA 11.2 compiles for its device; `kernels.cu` is its source.
 
 use std::ffi::{c_void, CStr};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::driver::sys::{CUfunction, CUmodule, CUstream};
 
@@ -139,10 +140,13 @@ pub struct Rows {
     pub size: u32,
 }
 
-/// The kernels in one context.
+/// The kernels in one context, which its comms share: unloading them waits for whatever the context has
+/// under way, so a comm that goes must not do it while others work.
 pub struct Kernels {
     context: Arc<Context>,
     module: CUmodule,
+    /// Whether some may still wait to run when the last comm goes.
+    busy: AtomicBool,
     pack: CUfunction,
     pack_few: CUfunction,
     reduce: [CUfunction; DType::ALL.len()],
@@ -154,8 +158,21 @@ unsafe impl Send for Kernels {}
 unsafe impl Sync for Kernels {}
 
 impl Kernels {
-    /// Loads them. The context is current.
-    pub fn load(context: &Arc<Context>) -> Result<Kernels> {
+    /// Those of the context, loaded if no comm of it has them. The context is current.
+    pub fn of(context: &Arc<Context>) -> Result<Arc<Kernels>> {
+        static ALL: Mutex<Vec<Weak<Kernels>>> = Mutex::new(Vec::new());
+        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|kernels| kernels.strong_count() > 0);
+        let mut live = all.iter().filter_map(Weak::upgrade);
+        if let Some(kernels) = live.find(|kernels| kernels.context.is(context)) {
+            return Ok(kernels);
+        }
+        let kernels = Arc::new(Kernels::load(context)?);
+        all.push(Arc::downgrade(&kernels));
+        Ok(kernels)
+    }
+
+    fn load(context: &Arc<Context>) -> Result<Kernels> {
         let (driver, mut module) = (context.driver(), std::ptr::null_mut());
         // SAFETY: the text ends with a NUL.
         let code = unsafe { (driver.cuModuleLoadData)(&mut module, PTX.as_ptr().cast()) };
@@ -172,6 +189,7 @@ impl Kernels {
         let mut kernels = Kernels {
             context: context.clone(),
             module,
+            busy: AtomicBool::new(false),
             pack: none,
             pack_few: none,
             reduce: [none; DType::ALL.len()],
@@ -203,11 +221,9 @@ impl Kernels {
         Ok(function)
     }
 
-    /// Gives the module back. The context is current, and no kernel of it waits to run: unloading
-    /// would wait for it.
-    pub fn unload(&self) {
-        // SAFETY: once, by the promise of this function's caller.
-        Driver::end(|| unsafe { (self.context.driver().cuModuleUnload)(self.module) });
+    /// Some still wait to run as a comm goes: unloading them would wait for the device, so they stay.
+    pub fn keep(&self) {
+        self.busy.store(true, Ordering::Relaxed);
     }
 
     fn launch<P>(&self, function: CUfunction, blocks: u32, p: &P, stream: CUstream) -> Result<()> {
@@ -310,6 +326,18 @@ impl Kernels {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        if self.busy.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Ok(_entered) = self.context.enter_to_end() {
+            // SAFETY: once, by the last comm that had them.
+            Driver::end(|| unsafe { (self.context.driver().cuModuleUnload)(self.module) });
+        }
     }
 }
 

@@ -11,7 +11,6 @@ pub mod memory;
 pub mod stream;
 
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use self::context::{Context, Entered};
@@ -25,14 +24,12 @@ pub use cudarc::driver::sys::CUstream;
 
 /// What a comm has on its GPU.
 pub struct Device {
-    kernels: Kernels,
+    kernels: Arc<Kernels>,
     /// Where collectives run, ahead of other work.
     comm: Stream,
     /// In whose order buckets are had and given back. It carries no work, so memory is there at once.
     memory: Stream,
     context: Arc<Context>,
-    /// Whether kernels may still wait to run when this is dropped.
-    busy: AtomicBool,
 }
 
 impl Device {
@@ -43,9 +40,8 @@ impl Device {
         let device = Device {
             comm: Stream::new(&context, true)?,
             memory: Stream::new(&context, false)?,
-            kernels: Kernels::load(&context)?,
+            kernels: Kernels::of(&context)?,
             context: context.clone(),
-            busy: AtomicBool::new(false),
         };
         drop(entered);
         Ok(Arc::new(device))
@@ -79,11 +75,6 @@ impl Device {
     /// Its context made current while the result lives.
     pub fn enter(&self) -> Result<Entered<'_>> {
         self.context.enter()
-    }
-
-    /// Kernels still wait to run as this goes: unloading them would wait for the device, so they stay.
-    pub fn keep_kernels(&self) {
-        self.busy.store(true, Ordering::Relaxed);
     }
 
     /// A new event. The context is current.
@@ -136,15 +127,5 @@ impl Device {
             ));
         }
         Ok(())
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        if let Ok(_entered) = self.context.enter_to_end() {
-            if !self.busy.load(Ordering::Relaxed) {
-                self.kernels.unload();
-            }
-        }
     }
 }

@@ -426,7 +426,7 @@ impl Drop for DeviceBuckets {
             }
         }
         if !idle {
-            self.device.keep_kernels();
+            self.device.kernels().keep();
         }
     }
 }
