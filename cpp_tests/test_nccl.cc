@@ -12,7 +12,7 @@ using namespace harness;
 
 namespace {
 
-constexpr int kGlobal = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL
+constexpr int kGlobal = CU_CAPTURE_GLOBAL, kThreadLocal = CU_CAPTURE_THREAD_LOCAL;
 
 size_t calls_of(const char *name) { return fake_cuda_calls(name); }
 
@@ -218,6 +218,13 @@ TEST(Refusals, NothingIsEnqueuedForWrongMemoryOrACapture) {
     fake_cuda_fail("");
     inputs[0] = host.data();
     EXPECT_TRUE(refuses({RSB_ERR_INVALID_ARGUMENT}, rsb_bucketer_submit(bucketer, rank.comm, &args, nullptr, error), error, {"inputs[0]"}));
+    // What the driver knows, and is of this device, but lies in the host.
+    void *pinned = nullptr;
+    ASSERT_CUDA(cuMemHostAlloc(&pinned, 256, 0));
+    inputs[0] = pinned;
+    EXPECT_TRUE(refuses({RSB_ERR_INVALID_ARGUMENT}, rsb_bucketer_submit(bucketer, rank.comm, &args, nullptr, error), error, {"inputs[0]"}));
+    EXPECT_NE(error.message().find("host memory"), std::string::npos) << error.message();
+    ASSERT_CUDA(cuMemFreeHost(pinned));
     inputs[0] = at;
     args.output = host.data();
     EXPECT_TRUE(refuses({RSB_ERR_INVALID_ARGUMENT}, rsb_bucketer_submit(bucketer, rank.comm, &args, nullptr, error), error, {"output"}));
@@ -252,6 +259,45 @@ TEST(Refusals, NothingIsEnqueuedForWrongMemoryOrACapture) {
   });
 }
 
+TEST(Refusals, ACaptureThatGoesOnElsewhereIsNotSpoilt) {
+  run_device(1, {}, [](DeviceRank &rank) {
+    const CUdeviceptr in = rank.device.memory(values::Bytes(8192, 3)), out = rank.device.memory(64);
+    const CUstream captured = rank.device.stream();
+    const void *inputs[] = {reinterpret_cast<void *>(in)};
+    for (const int mode : {kGlobal, kThreadLocal}) {
+      Bucketer bucketer(1 << 12);
+      Error error;
+      const auto submit = [&](size_t numel) {
+        return rsb_bucketer_reduce_scatter_async(bucketer, rank.comm, inputs, numel, RSB_DTYPE_F32, RSB_OP_SUM, nullptr,
+                                                 nullptr, error);
+      };
+      // Work under way is what polling asks about, which spoils a capture unless the thread is told otherwise.
+      fake_cuda_hold(rank.producer);
+      EXPECT_TRUE(answers(RSB_OK, submit(50), error));
+      EXPECT_TRUE(answers(RSB_OK, rsb_bucketer_launch(bucketer, error), error));
+      ASSERT_CUDA(cuStreamBeginCapture_v2(captured, mode));
+      EXPECT_TRUE(answers(RSB_OK, rsb_comm_status(rank.comm, error), error));
+      EXPECT_TRUE(answers(RSB_OK, submit(60), error));
+      EXPECT_TRUE(answers(RSB_OK, submit(2000), error)) << "a direct one";
+      EXPECT_TRUE(answers(RSB_OK, rsb_bucketer_flush(bucketer, error), error));
+      EXPECT_TRUE(answers(RSB_OK, rsb_comm_all_gather(rank.comm, inputs[0], reinterpret_cast<void *>(out), 64, error), error));
+      rsb_comm *second = nullptr;
+      EXPECT_TRUE(answers(RSB_OK, rsb_comm_wrap_nccl(rank.nccl, nullptr, &second, error), error));
+      rsb_comm_free(second);
+      EXPECT_TRUE(answers(RSB_OK, rsb_bucketer_release_buffers(bucketer, error), error));
+      EXPECT_RSB_OK(bucketer.free());
+      int own = kGlobal;
+      EXPECT_CUDA(cuThreadExchangeStreamCaptureMode(&own));
+      EXPECT_EQ(own, kGlobal) << "the thread's own mode is as it was";
+      CUgraph graph = nullptr;
+      ASSERT_CUDA(cuStreamEndCapture(captured, &graph));
+      ASSERT_CUDA(cuGraphDestroy(graph));
+      fake_cuda_let_go(rank.producer);
+    }
+    fake_cuda_wait_all();
+  });
+}
+
 /// Waits for a comm to fail, which is found by polling.
 rsb_status ends(DeviceRank &rank, Error &error) {
   rsb_status status = RSB_OK;
@@ -274,6 +320,25 @@ TEST(Failures, AnAsynchronousErrorEndsTheComm) {
     EXPECT_NE(error.message().find("owner"), std::string::npos) << error.message();
     fake_nccl_async_error(rank.nccl, ncclSuccess);
   });
+}
+
+TEST(Failures, WhatNcclRefusesEndsTheComm) {
+  for (const char *call : {"ncclGroupStart", "ncclReduceScatter", "ncclGroupEnd"}) {
+    SCOPED_TRACE(call);
+    run_device(1, {}, [call](DeviceRank &rank) {
+      DeviceWorker worker(rank, 1 << 12);
+      worker.submit(Op::f32(50));
+      worker.submit(Op::f32(5000));
+      fake_cuda_fail((std::string(call) + ":1=3").c_str());
+      Error error;
+      EXPECT_EQ(rsb_bucketer_flush(worker, error), RSB_ERR_TRANSPORT);
+      EXPECT_EQ(error->native_code, ncclInternalError);
+      EXPECT_EQ(worker.status(0), RSB_ERR_TRANSPORT);
+      EXPECT_EQ(worker.status(1), RSB_ERR_TRANSPORT);
+      EXPECT_EQ(fake_cuda_failed(), 1);
+      fake_cuda_fail("");
+    });
+  }
 }
 
 TEST(Failures, AStickyErrorOfTheDeviceIsFoundByPolling) {
@@ -359,8 +424,8 @@ TEST(Failures, RanksThatAgreeAreLeftAlone) {
   });
 }
 
-/// A little of everything on one rank; whatever fails must end cleanly.
-void everything(DeviceRank &rank, CUdeviceptr in, CUdeviceptr out) {
+/// A little of everything on one rank; whatever fails must end cleanly. What the comm says at the end.
+rsb_status everything(DeviceRank &rank, CUdeviceptr in, CUdeviceptr out) {
   std::vector<rsb_status> called;
   {
     Bucketer bucketer(1 << 11);
@@ -394,6 +459,7 @@ void everything(DeviceRank &rank, CUdeviceptr in, CUdeviceptr out) {
     (void)bucketer.free();
     fake_cuda_wait_all();
   }
+  return rsb_comm_status(rank.comm, nullptr);
 }
 
 constexpr uint64_t kParts = 8;
@@ -405,11 +471,12 @@ INSTANTIATE_TEST_SUITE_P(Failures, AtCall, ::testing::Range<uint64_t>(0, kParts)
 TEST_P(AtCall, EndsCleanly) {
   // How many calls there are, then each of them fails once.
   uint64_t driver = 0, nccl = 0;
+  rsb_status end = RSB_OK;
   const auto run = [&](const std::string &spec) {
     run_device(1, {}, [&](DeviceRank &rank) {
       const CUdeviceptr in = rank.device.memory(values::Bytes(8192, 1)), out = rank.device.memory(64);
       fake_cuda_fail(spec.c_str());
-      everything(rank, in, out);
+      end = everything(rank, in, out);
       driver = calls_of("*");
       nccl = calls_of("nccl*");
       fake_cuda_fail("");
@@ -426,6 +493,7 @@ TEST_P(AtCall, EndsCleanly) {
   for (uint64_t n = 1 + GetParam(); n <= collectives && !HasFailure(); n += kParts) {
     SCOPED_TRACE("nccl call " + std::to_string(n));
     run("nccl*:" + std::to_string(n) + "=3");
+    EXPECT_EQ(end, RSB_ERR_TRANSPORT) << "none goes unnoticed";
   }
 }
 
