@@ -93,7 +93,10 @@ TEST(Nccl, LargeAndPackedOpsShareAGroupAndBorrowedOnesAreNotCopied) {
     worker.flush();
     EXPECT_EQ(calls_of("cuLaunchKernel"), 1u) << "one kernel packs the bucket";
     EXPECT_EQ(calls_of("ncclGroupEnd"), 1u) << "and one group moves all";
-    EXPECT_EQ(worker.stats().copied_bytes, 0u);
+    EXPECT_EQ(worker.stats().copied_bytes, 20u * 40 * 4) << "what is packed, not what is sent as it lies";
+    Op large = Op::f32(3000);
+    worker.submit(large);
+    EXPECT_EQ(worker.stats().copied_bytes, (20u * 40 + 3000) * 4);
     worker.finish();
   });
 }

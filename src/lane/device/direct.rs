@@ -95,7 +95,7 @@ impl DeviceBuckets {
         result.into_iter().for_each(std::mem::forget);
         // SAFETY: by the promise of this function.
         let packed = unsafe { self.pack(&mut bucket, work, producer) };
-        if lies.is_none() && !work.borrow {
+        if lies.is_none() {
             meter.copied += all as u64;
         }
         st.waiting.push(bucket);

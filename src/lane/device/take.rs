@@ -168,9 +168,8 @@ impl DeviceBuckets {
             let _ = shards::release(placed.token);
             return Err(self.fail(e));
         }
-        if !work.borrow {
-            meter.copied += (self.size as usize * work.bytes()) as u64;
-        }
+        // A borrowed one, too: by the launch.
+        meter.copied += (self.size as usize * work.bytes()) as u64;
         self.accept(&mut st, &work.call());
         Ok(placed)
     }
