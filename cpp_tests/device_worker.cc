@@ -129,7 +129,7 @@ void in_stream(CUstream stream, std::function<void()> fn) {
 }
 
 DeviceWorker::DeviceWorker(DeviceRank &rank, int64_t bucket_bytes, const rsb_allocator *allocator)
-    : rank_(rank), bucketer_(bucket_bytes, allocator) {}
+    : rank_(&rank), bucketer_(bucket_bytes, allocator) {}
 
 DeviceWorker::~DeviceWorker() { wait(); }
 
@@ -142,13 +142,13 @@ void DeviceWorker::wait() {
 
 void DeviceWorker::prepare(Record &record, CUstream stream) {
   const Op &op = record.op;
-  const uint32_t size = rank_.size;
+  const uint32_t size = rank_->size;
   record.shard = op.flat ? rsb_shard_numel(op.numel, size) : op.numel;
   const size_t element = values::size_of(op.dtype);
   const rsb_dtype out = op.output_dtype == 0 ? op.dtype : op.output_dtype;
   size_t left = op.numel;
   for (uint32_t to = 0; to < size; ++to) {
-    values::Bytes piece = values::piece(op.data, op.dtype, op.op, record.place + 1, rank_.rank, to, record.shard);
+    values::Bytes piece = values::piece(op.data, op.dtype, op.op, record.place + 1, rank_->rank, to, record.shard);
     if (op.flat) {
       // What is past the end counts as zeros.
       const size_t real = std::min(left, record.shard);
@@ -165,7 +165,7 @@ void DeviceWorker::prepare(Record &record, CUstream stream) {
     record.data.assign(1, all);
   }
   for (const values::Bytes &piece : record.data) {
-    const CUdeviceptr at = rank_.device.memory(piece.size(), op.offset);
+    const CUdeviceptr at = rank_->device.memory(piece.size(), op.offset);
     record.inputs.push_back(at);
     record.pointers.push_back(reinterpret_cast<const void *>(at));
     fake_cuda_touch(stream, at, piece.size(), 1);
@@ -183,7 +183,7 @@ void DeviceWorker::prepare(Record &record, CUstream stream) {
     for (size_t i = 0; i < record.shard; ++i) {
       values::store(out, static_cast<double>(i % 5), &old[i * values::size_of(out)]);
     }
-    record.output = rank_.device.memory(bytes);
+    record.output = rank_->device.memory(bytes);
     fake_cuda_touch(stream, record.output, bytes, 1);
     in_stream(stream, [at = record.output, old] {
       if (!old.empty()) {
@@ -195,9 +195,9 @@ void DeviceWorker::prepare(Record &record, CUstream stream) {
   const bool accumulate = (op.flags & RSB_SUBMIT_ACCUMULATE) != 0;
   std::vector<values::Bytes> rows;
   for (uint32_t from = 0; from < size; ++from) {
-    values::Bytes row = values::piece(op.data, op.dtype, op.op, record.place + 1, from, rank_.rank, record.shard);
+    values::Bytes row = values::piece(op.data, op.dtype, op.op, record.place + 1, from, rank_->rank, record.shard);
     if (op.flat) {
-      const size_t first = record.shard * rank_.rank;
+      const size_t first = record.shard * rank_->rank;
       const size_t real = op.numel > first ? std::min(op.numel - first, record.shard) : 0;
       std::fill(row.begin() + static_cast<std::ptrdiff_t>(real * element), row.end(), static_cast<unsigned char>(0));
     }
@@ -217,9 +217,10 @@ void DeviceWorker::prepare(Record &record, CUstream stream) {
 rsb_status DeviceWorker::try_submit(const Op &op, Error &error, CUstream stream) {
   Record &record = records_.emplace_back();
   record.worker = this;
+  record.rank = rank_;
   record.place = records_.size() - 1;
   record.op = op;
-  const CUstream producer = stream == nullptr ? rank_.producer : stream;
+  const CUstream producer = stream == nullptr ? rank_->producer : stream;
   streams_.insert(producer);
   prepare(record, producer);
   rsb_submit_args args = RSB_SUBMIT_ARGS_INIT;
@@ -240,7 +241,7 @@ rsb_status DeviceWorker::try_submit(const Op &op, Error &error, CUstream stream)
   args.callback = on_result;
   args.user_data = &record;
   rsb_ticket ticket = 0;
-  const rsb_status status = rsb_bucketer_submit(bucketer_, rank_.comm, &args, &ticket, error);
+  const rsb_status status = rsb_bucketer_submit(bucketer_, rank_->comm, &args, &ticket, error);
   record.accepted = status == RSB_OK;
   if ((op.flags & RSB_SUBMIT_BORROW) == 0) {
     for (size_t i = 0; i < record.inputs.size(); ++i) {
@@ -264,34 +265,40 @@ size_t DeviceWorker::submit(const Op &op, CUstream stream) {
 
 void DeviceWorker::on_result(void *user_data, const rsb_result *result) {
   auto &record = *static_cast<Record *>(user_data);
-  DeviceWorker &worker = *record.worker;
   ++record.calls;
   record.status = result->status;
-  worker.called_.push_back(record.place);
+  record.worker->called_.push_back(record.place);
   EXPECT_EQ(result->tag, record.place + 1);
   EXPECT_EQ(result->error->status, result->status);
-  if (result->status != RSB_OK) {
-    EXPECT_EQ(result->data, nullptr);
-    EXPECT_EQ(result->shard, nullptr);
+  record.worker->note(record, *result);
+  if (record.op.then) {
+    record.op.then(*result);
+  }
+}
+
+void DeviceWorker::note(Record &record, const rsb_result &result) {
+  if (result.status != RSB_OK) {
+    EXPECT_EQ(result.data, nullptr);
+    EXPECT_EQ(result.shard, nullptr);
     return;
   }
-  EXPECT_EQ(result->numel, record.shard);
-  EXPECT_EQ(result->shard == nullptr, record.output != 0);
-  EXPECT_NE(result->stream, nullptr);
-  if (worker.rank_.result != nullptr) {
-    EXPECT_EQ(result->stream, worker.rank_.result);
+  EXPECT_EQ(result.numel, record.shard);
+  EXPECT_EQ(result.shard == nullptr, record.output != 0);
+  EXPECT_NE(result.stream, nullptr);
+  if (record.rank->result != nullptr) {
+    EXPECT_EQ(result.stream, record.rank->result);
   }
   if (record.output != 0) {
-    EXPECT_EQ(reinterpret_cast<CUdeviceptr>(result->data), record.output);
+    EXPECT_EQ(reinterpret_cast<CUdeviceptr>(result.data), record.output);
   }
   const size_t bytes = record.expected.size();
   if (bytes == 0) {
     return;
   }
   // The result is read when the result stream comes to it; then its memory may go, in that order.
-  const auto stream = static_cast<CUstream>(result->stream);
-  worker.streams_.insert(stream);
-  const auto at = reinterpret_cast<CUdeviceptr>(result->data);
+  const auto stream = static_cast<CUstream>(result.stream);
+  streams_.insert(stream);
+  const auto at = reinterpret_cast<CUdeviceptr>(result.data);
   fake_cuda_touch(stream, at, bytes, 0);
   in_stream(stream, [&record, at, bytes] {
     const auto *from = static_cast<const unsigned char *>(fake_cuda_reach(at));

@@ -48,6 +48,8 @@ class DeviceWorker {
   ~DeviceWorker();
   operator rsb_bucketer *() const { return bucketer_; }
 
+  /// From here on ops go to this comm, which lives as long as the worker.
+  void use(DeviceRank &rank) { rank_ = &rank; }
   /// Submits an op whose input `stream` (NULL: the comm's) writes before and, unless it is borrowed, spoils
   /// afterwards. Its place, 0, 1, 2 ...
   size_t submit(const Op &op, CUstream stream = nullptr);
@@ -71,6 +73,7 @@ class DeviceWorker {
  private:
   struct Record {
     DeviceWorker *worker = nullptr;
+    DeviceRank *rank = nullptr;
     size_t place = 0;
     Op op;
     bool accepted = false;
@@ -85,11 +88,12 @@ class DeviceWorker {
     values::Bytes result;
   };
   static void on_result(void *user_data, const rsb_result *result);
+  void note(Record &record, const rsb_result &result);
   void prepare(Record &record, CUstream stream);
 
   void wait();
 
-  DeviceRank &rank_;
+  DeviceRank *rank_;
   std::set<CUstream> streams_;
   std::deque<Record> records_;
   std::vector<size_t> called_;

@@ -210,29 +210,6 @@ TEST(Order, CancelledOpsGiveTheirMemoryBack) {
   });
 }
 
-TEST(Order, AShardOutlivesItsBucketerAndComm) {
-  rsb_shard *shards[2] = {};
-  run_device(2, {}, [&](DeviceRank &rank) {
-    {
-      Bucketer bucketer(1 << 12);
-      const CUdeviceptr in = rank.device.memory(values::Bytes(800, 0));
-      const void *inputs[] = {reinterpret_cast<void *>(in), reinterpret_cast<void *>(in + 400)};
-      Error error;
-      EXPECT_TRUE(answers(RSB_OK,
-                          rsb_bucketer_reduce_scatter_async(
-                              bucketer, rank.comm, inputs, 100, RSB_DTYPE_F32, RSB_OP_SUM,
-                              [](void *out, const rsb_result *result) {
-                                *static_cast<rsb_shard **>(out) = rsb_shard_retain(result->shard);
-                              },
-                              &shards[rank.rank], error),
-                          error));
-      EXPECT_RSB_OK(rsb_bucketer_flush(bucketer, error));
-    }
-    ASSERT_NE(shards[rank.rank], nullptr);
-    rsb_shard_release(shards[rank.rank]);
-  });
-}
-
 TEST(Order, AllGatherInTheOrderOfTheCommsStream) {
   for (const bool custom : {false, true}) {
     DeviceOptions options;

@@ -35,6 +35,8 @@ void fake_cuda_forgive(void);
 // Counts what has not been given back as breaches: streams, events, modules, memory, retained contexts, graphs,
 // communicators. Waits for work under way first. Also done at the end of the process. Returns fake_cuda_breaches().
 int fake_cuda_check_leaks(void);
+// While on, what was not given back is no breach: a device that has failed may keep what work may still use.
+void fake_cuda_allow_leaks(int on);
 
 // ---- Errors to order ------------------------------------------------------------------------------------
 
