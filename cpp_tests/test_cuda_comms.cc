@@ -215,7 +215,8 @@ TEST(Callbacks, MaySubmitAgainAndGather) {
       EXPECT_EQ(worker.calls(direct), 0u) << "never one inside another";
       Error error;
       EXPECT_TRUE(answers(RSB_OK,
-                          rsb_comm_all_gather(rank.comm, reinterpret_cast<void *>(in), reinterpret_cast<void *>(out), 16, error),
+                          rsb_comm_all_gather(rank.comm, reinterpret_cast<void *>(in), reinterpret_cast<void *>(out),
+                                              16, error),
                           error));
     };
     worker.submit(o);

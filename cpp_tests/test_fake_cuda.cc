@@ -106,6 +106,29 @@ TEST_F(Order, WhatTheHostHasSeenDoneIsOrdered) {
   EXPECT_EQ(fake_cuda_breaches(), 0);
 }
 
+TEST_F(Order, TimedEventsSayWhenTheyWerePassed) {
+  CUevent before = nullptr, after = nullptr;
+  ASSERT_CUDA(cuEventCreate(&before, CU_EVENT_DEFAULT));
+  ASSERT_CUDA(cuEventCreate(&after, CU_EVENT_DEFAULT));
+  float ms = -1;
+  EXPECT_EQ(cuEventElapsedTime(&ms, before, after), CUDA_ERROR_INVALID_HANDLE) << "never recorded";
+  ASSERT_CUDA(cuEventRecord(before, from));
+  produce();
+  fake_cuda_hold(from);
+  ASSERT_CUDA(cuEventRecord(after, from));
+  EXPECT_EQ(cuEventElapsedTime(&ms, before, after), CUDA_ERROR_NOT_READY);
+  fake_cuda_let_go(from);
+  fake_cuda_wait(from);
+  EXPECT_CUDA(cuEventElapsedTime(&ms, before, after));
+  EXPECT_GE(ms, 0.0F);
+  const CUevent untimed = device.event();
+  ASSERT_CUDA(cuEventRecord(untimed, from));
+  fake_cuda_wait(from);
+  EXPECT_EQ(cuEventElapsedTime(&ms, before, untimed), CUDA_ERROR_INVALID_HANDLE);
+  EXPECT_CUDA(cuEventDestroy_v2(before));
+  EXPECT_CUDA(cuEventDestroy_v2(after));
+}
+
 TEST_F(Order, TheLegacyStreamWaitsForBlockingStreamsOnly) {
   const CUstream blocking = device.stream(CU_STREAM_DEFAULT);
   fake_cuda_hold(blocking);

@@ -322,7 +322,7 @@ CUresult cuCtxGetStreamPriorityRange(int *least, int *greatest) {
 
 CUresult cuCtxSynchronize(void) {
   BEGIN(CURRENT, true);
-  breach("cuCtxSynchronize: the host waits for the device");
+  waits("cuCtxSynchronize");
   Lock lock(machine().lock);
   drain_all(lock);
   return self().current()->sticky;

@@ -45,7 +45,7 @@ static void freed(Allocation *a) {
 static void must_be_idle(const char *name) {
   for (Stream *s : machine().streams)
     if (s->context == self().current() && s->done != s->ticks)
-      return breach("%s while work is under way: the host waits for the device", name);
+      return waits(std::string(name) + " while work is under way");
 }
 
 CUresult cuMemFree_v2(CUdeviceptr ptr) {
@@ -194,11 +194,11 @@ static CUresult copy(CUstream handle, const char *name, uint64_t dst, uint64_t s
     staged = std::make_shared<std::vector<char>>(bytes * rows);
     for (size_t r = 0; r < rows; r++) memcpy(staged->data() + r * bytes, (const char *)src + r * src_pitch, bytes);
   }
-  bool waits = pageable(dst);
-  if (waits) breach("%s to memory that is not pinned: the host waits for the device", name);
+  bool unpinned = pageable(dst);
+  if (unpinned) waits(std::string(name) + " to memory that is not pinned");
   for (size_t r = 0; r < rows; r++) {
     if (!staged) work.accesses.push_back({src + r * src_pitch, bytes, false});
-    if (!waits) work.accesses.push_back({dst + r * dst_pitch, bytes, true});
+    if (!unpinned) work.accesses.push_back({dst + r * dst_pitch, bytes, true});
   }
   work.run = [=]() -> CUresult {
     for (size_t r = 0; r < rows; r++) {
@@ -208,7 +208,7 @@ static CUresult copy(CUstream handle, const char *name, uint64_t dst, uint64_t s
     return CUDA_SUCCESS;
   };
   CUresult result = enqueue(lock, s, std::move(work));
-  if (result == CUDA_SUCCESS && waits) drain(lock, s);
+  if (result == CUDA_SUCCESS && unpinned) drain(lock, s);
   return result;
 }
 
@@ -233,7 +233,7 @@ CUresult cuMemcpyDtoHAsync_v2(void *dst, CUdeviceptr src, size_t bytes, CUstream
 }
 
 static CUresult copy_now(const char *name, uint64_t dst, uint64_t src, size_t bytes) {
-  breach("%s: the host waits for the device", name);
+  waits(name);
   Lock lock(machine().lock);
   drain_all(lock);
   memmove(reach(dst), reach(src), bytes);

@@ -87,7 +87,7 @@ CUresult cuStreamQuery(CUstream handle) {
 
 CUresult cuStreamSynchronize(CUstream handle) {
   BEGIN(CURRENT, true);
-  breach("cuStreamSynchronize: the host waits for the device");
+  waits("cuStreamSynchronize");
   STREAM(handle);
   if (spoils(s)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   drain(lock, s);
@@ -121,12 +121,13 @@ CUresult cuLaunchHostFunc(CUstream handle, CUhostFn function, void *arg) {
 
 // ---- Events -----------------------------------------------------------------------------------------------
 
-CUresult cuEventCreate(CUevent *event, unsigned) {
+CUresult cuEventCreate(CUevent *event, unsigned flags) {
   BEGIN(CURRENT);
   GIVEN(event);
   Lock lock(machine().lock);
   auto *made = new Event;
   made->context = self().current();
+  made->timed = (flags & CU_EVENT_DISABLE_TIMING) == 0;
   machine().events.insert(made);
   *event = (CUevent)made;
   return CUDA_SUCCESS;
@@ -169,7 +170,7 @@ CUresult cuEventQuery(CUevent event) {
 
 CUresult cuEventSynchronize(CUevent event) {
   BEGIN(CURRENT, true);
-  breach("cuEventSynchronize: the host waits for the device");
+  waits("cuEventSynchronize");
   Lock lock(machine().lock);
   Event *e = event_of(event);
   if (e == nullptr) return CUDA_ERROR_INVALID_HANDLE;
@@ -178,6 +179,19 @@ CUresult cuEventSynchronize(CUevent event) {
   machine().changed.wait(lock, [&] { return e->stream->done >= e->tick; });
   join(machine().host, e->clock);
   return e->context->sticky;
+}
+
+CUresult cuEventElapsedTime(float *milliseconds, CUevent from, CUevent to) {
+  BEGIN(CURRENT);
+  GIVEN(milliseconds);
+  Lock lock(machine().lock);
+  Event *a = event_of(from), *b = event_of(to);
+  if (a == nullptr || b == nullptr || !a->timed || !b->timed || a->stream == nullptr || b->stream == nullptr)
+    return CUDA_ERROR_INVALID_HANDLE;
+  if (a->context->sticky != CUDA_SUCCESS) return a->context->sticky;
+  if (a->stream->done < a->tick || b->stream->done < b->tick) return CUDA_ERROR_NOT_READY;
+  *milliseconds = (float)(b->passed - a->passed);
+  return CUDA_SUCCESS;
 }
 
 } // extern "C"

@@ -8,6 +8,7 @@
 //   RSB_FAKE_CUDA_DEVICES=n     devices (2)
 //   RSB_FAKE_CUDA_MEMORY=bytes  what a device has (1 GiB)
 //   RSB_FAKE_CUDA_VERSION=n     driver's version (12080)
+//   RSB_FAKE_CUDA_MAY_WAIT=1    the host may wait for the device: a program of a user's (0: a breach)
 //   RSB_FAKE_CUDA_FAIL=spec     see fake_cuda_fail
 //   RSB_FAKE_NCCL_VERSION=n     NCCL's version (23007)
 //   RSB_FAKE_NCCL_HANG_MS=n     when a collective that not all ranks come to is given up (20000)

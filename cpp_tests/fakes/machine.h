@@ -86,6 +86,8 @@ struct Event {
   Clock clock;
   Capture *capture = nullptr;
   bool destroyed = false;
+  bool timed = false;
+  double passed = 0; // milliseconds, of the last record that was passed
 };
 
 struct Past {
@@ -110,6 +112,7 @@ struct Machine {
   uint64_t memory;
   uint64_t seed;
   unsigned delay_us;
+  bool may_wait;
   bool initialized = false;
   std::vector<Context *> primaries;
   std::set<Context *> contexts;
@@ -132,6 +135,8 @@ using Lock = std::unique_lock<std::mutex>;
 // ---- Breaches and ordered errors (watch.cc) ----
 
 void breach(const char *format, ...) __attribute__((format(printf, 1, 2)));
+// The host waits for the device, in `what`: a breach unless it may.
+void waits(const std::string &what);
 // Counts a call of `name`; an ordered error for it, or 0; *later: it is to come when the work runs.
 int ordered_error(const char *name, const char *family, CUresult *later);
 bool is_sticky(CUresult error);

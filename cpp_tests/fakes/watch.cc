@@ -47,6 +47,7 @@ Machine &machine() {
     made->memory = setting("RSB_FAKE_CUDA_MEMORY", 1u << 30);
     made->seed = setting("RSB_FAKE_CUDA_SEED", 1);
     made->delay_us = (unsigned)setting("RSB_FAKE_CUDA_DELAY_US", 100);
+    made->may_wait = setting("RSB_FAKE_CUDA_MAY_WAIT", 0) != 0;
     made->live.resize((size_t)made->devices);
     for (int d = 0; d < made->devices; d++) {
       auto *context = new Context;
@@ -76,6 +77,10 @@ void breach(const char *format, ...) {
   Watch &w = watch();
   std::lock_guard<std::mutex> guard(w.lock);
   w.breaches.push_back(text);
+}
+
+void waits(const std::string &what) {
+  if (!machine().may_wait) breach("%s: the host waits for the device", what.c_str());
 }
 
 int ordered_error(const char *name, const char *family, CUresult *later) {
