@@ -17,6 +17,8 @@ pub type Address = sys::CUdeviceptr;
 
 /// `CUDA_SUCCESS`.
 pub const SUCCESS: c_int = 0;
+/// `CUDA_ERROR_INVALID_VALUE`.
+pub const INVALID_VALUE: c_int = 1;
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: c_int = 2;
 /// `CUDA_ERROR_NOT_READY`.

@@ -14,7 +14,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use self::context::{Context, Entered};
-use self::driver::{Address, Driver, SUCCESS};
+use self::driver::{Address, Driver, INVALID_VALUE};
 use self::event::Event;
 use self::kernels::Kernels;
 use self::stream::Stream;
@@ -107,19 +107,22 @@ impl Device {
         let driver = self.driver();
         let ask = |attribute: i32, into: *mut c_void| {
             // SAFETY: both attributes are four bytes; any number may be asked about.
-            unsafe { (driver.cuPointerGetAttribute)(into, attribute, pointer as Address) }
+            match unsafe { (driver.cuPointerGetAttribute)(into, attribute, pointer as Address) } {
+                // Unknown to the driver: plain host memory.
+                INVALID_VALUE => Ok(false),
+                code => driver.check(code, "cuPointerGetAttribute").map(|()| true),
+            }
         };
         let (mut kind, mut ordinal) = (0u32, -1i32);
-        // A code here says that the pointer is unknown to the driver: plain host memory.
-        if ask(MEMORY_TYPE, (&raw mut kind).cast()) != SUCCESS || kind != OF_DEVICE {
+        if !ask(MEMORY_TYPE, (&raw mut kind).cast())? || kind != OF_DEVICE {
             return Err(invalid!(
                 "{}: {pointer:p} is host memory; expected memory of device {}",
                 name(),
                 self.context.ordinal()
             ));
         }
-        let code = ask(DEVICE_ORDINAL, (&raw mut ordinal).cast());
-        if code != SUCCESS || ordinal != self.context.ordinal() {
+        let known = ask(DEVICE_ORDINAL, (&raw mut ordinal).cast())?;
+        if !known || ordinal != self.context.ordinal() {
             return Err(invalid!(
                 "{}: {pointer:p} is memory of device {ordinal}; expected device {}",
                 name(),
