@@ -333,6 +333,34 @@ fn a_different_size_fails_everywhere_also_for_who_comes_late() {
 }
 
 #[test]
+fn one_rank_with_another_size_fails_everywhere() {
+    // Each in turn is the odd one, and names one rank less or more than there are.
+    for (odd, named) in [(0, 3), (0, 5), (1, 3), (1, 5), (2, 3), (3, 5)] {
+        let place = Place::new();
+        let (send, receive) = mpsc::channel();
+        thread::scope(|scope| {
+            for r in [0, 1, 2] {
+                let (place, send) = (&place, send.clone());
+                let size = if r == odd { named } else { 4 };
+                scope.spawn(move || send.send(error(place.join(&rank(r, size)))).unwrap());
+            }
+            // The last one comes when a rank has long been told.
+            let first = (odd < 3).then(|| receive.recv().unwrap());
+            let last = place.join(&rank(3, if odd == 3 { named } else { 4 }));
+            for e in first.into_iter().chain([error(last)]) {
+                assert_eq!(e.status, Status::ConfigMismatch, "{e}");
+                let sizes = format!("size is {}", if odd == 0 { named } else { 4 });
+                assert!(e.message.contains(&sizes), "{e}");
+            }
+            for e in receive.iter().take(if odd < 3 { 2 } else { 3 }) {
+                assert_eq!(e.status, Status::ConfigMismatch, "{e}");
+            }
+        });
+        place.assert_empty();
+    }
+}
+
+#[test]
 fn another_version_is_told_so() {
     let place = Place::new();
     thread::scope(|scope| {

@@ -2,8 +2,10 @@
 //!
 //! Who has said no proper hello is a stranger; few of them are kept, and the oldest goes first.
 //! Once something has gone wrong there is a verdict, which every member is told at once, and every
-//! rank that comes later until all have come. A rank that was told, and comes again, is here for the
-//! next group of this name: it is sent away without a word, and looks again.
+//! rank that comes later until all have come. Where ranks named different sizes, nobody knows who is
+//! still to come: rank 0 then stays a moment for whoever is a rank by any of them. A rank that was
+//! told, and comes again, is here for the next group of this name: it is sent away without a word,
+//! and looks again.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::super::mapping::Mapping;
 use super::super::rundir::{self, RunDir};
+use super::super::word::MAX_RANKS;
 use super::door::Door;
 use super::socket::{wait, Socket, MOST_DESCRIPTORS};
 use super::wire::{Hello, Message, VERSION};
@@ -23,6 +26,8 @@ use crate::error::{Error, Result, Status};
 
 /// How long rank 0 still tells ranks that come late of a rank that is gone.
 const LATE: Duration = Duration::from_secs(10);
+/// How long it stays for ranks that are some only by the larger of the sizes that were named.
+const DOUBTFUL: Duration = Duration::from_secs(2);
 /// How many connections without a hello are kept.
 pub const MOST_STRANGERS: usize = 64;
 
@@ -79,9 +84,11 @@ pub struct Host<'a> {
     /// The memory of each rank, then the group's.
     files: Vec<Option<File>>,
     verdict: Option<Error>,
-    /// Which ranks know the verdict, and how many there are by the smallest size that was named.
+    /// Which ranks know the verdict, by the largest size that was named, how many there are by the
+    /// smallest one, and until when the rest is awaited.
     told: Vec<bool>,
     expected: usize,
+    doubt: Option<Instant>,
 }
 
 impl<'a> Host<'a> {
@@ -100,6 +107,7 @@ impl<'a> Host<'a> {
             verdict: None,
             told,
             expected: size,
+            doubt: None,
         }
     }
 
@@ -143,9 +151,11 @@ impl<'a> Host<'a> {
 
     /// Whether everybody who can be told knows the verdict: the ranks to come are told, too.
     fn may_leave(&self) -> bool {
+        let (sure, doubtful) = self.told.split_at(self.expected);
         past(self.deadline)
             || self.join.lost().is_some()
-            || self.told[..self.expected].iter().all(|&told| told)
+            || sure.iter().all(|&told| told)
+                && (past(self.doubt) || doubtful.iter().all(|&told| told))
     }
 
     /// Waits until something happens, and deals with all that has.
@@ -165,7 +175,8 @@ impl<'a> Host<'a> {
             }
         }
         polled.extend(self.strangers.iter().map(|s| s.awaiting(libc::POLLIN)));
-        let until = self.join.look(self.deadline);
+        let doubt = self.doubt.filter(|_| !past(self.doubt));
+        let until = self.join.look(self.deadline.into_iter().chain(doubt).min());
         wait(&mut polled, until).map_err(|e| self.failed("waiting for ranks", &e))?;
 
         let (members, strangers) = polled[1..].split_at(ranks.len());
@@ -255,7 +266,7 @@ impl<'a> Host<'a> {
             return;
         }
         if let Some(text) = difference(self.join, &hello) {
-            self.expected = self.expected.min(hello.size as usize);
+            self.count(hello.size);
             let text = format!("job {name}: {text}");
             self.fail(Error::new(Status::ConfigMismatch, text).blame(rank));
         } else if rank >= size {
@@ -292,6 +303,16 @@ impl<'a> Host<'a> {
                 self.fail(from_rank(0, error));
             }
         }
+    }
+
+    /// Somebody says how many ranks there are.
+    fn count(&mut self, size: u32) {
+        let named = size.min(MAX_RANKS) as usize;
+        if named != self.told.len() && self.doubt.is_none() {
+            self.doubt = Instant::now().checked_add(DOUBTFUL);
+        }
+        self.expected = self.expected.min(named);
+        self.told.resize(self.told.len().max(named), false);
     }
 
     /// Hears a member: whether it said something that may be followed by more.
