@@ -185,7 +185,8 @@
  *    Linux 5.1 or later on x86-64 and aarch64; elsewhere shm comms are RSB_ERR_UNSUPPORTED. The
  *    library prints nothing (a panic goes to the logger), installs no signal handler and never ends
  *    the process, but for Rust's abort when an allocation of less than 4 KiB fails. After fork()
- *    the child's handles are dead (RSB_ERR_ABORTED). dlclose() is safe.
+ *    the child's handles are dead (RSB_ERR_ABORTED). dlclose() is safe. While a shm comm lives, so
+ *    does a small thread of the library's, which takes no signals.
  */
 
 #ifndef RSBUCKET_H

@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::engine::{Abilities, Collective, Engine, Kind};
 use super::patience::Patience;
 use crate::dtype::{DType, Op};
-use crate::error::{invalid, unsupported, Error, Result, Status};
+use crate::error::{unsupported, Error, Result, Status};
 
 /// Names the library to load where none is loaded yet.
 const VARIABLE: &str = "RSBUCKET_NCCL_LIB";
@@ -214,14 +214,9 @@ impl Nccl {
     /// The engine over a communicator.
     ///
     /// # Safety
-    /// `comm` is NULL, or a live ncclComm_t that outlives the engine.
+    /// `comm` is a live ncclComm_t that outlives the engine.
     pub unsafe fn wrap(comm: Comm, timeout: Option<Duration>) -> Result<Nccl> {
         let functions = &Library::get()?.functions;
-        if comm.is_null() {
-            return Err(invalid!(
-                "nccl_comm: NULL; expected an ncclComm_t (PyTorch makes one with its first collective)"
-            ));
-        }
         let (mut size, mut rank, mut device, mut state) = (0, 0, 0, 0);
         // SAFETY: by the promise of this function; all receive ints.
         let answers = unsafe {

@@ -11,7 +11,7 @@ use crate::comm::nccl::Nccl;
 use crate::cuda::context::Context;
 use crate::cuda::driver::Driver;
 use crate::cuda::Device;
-use crate::error::Result;
+use crate::error::{invalid, Result};
 use crate::memory::Pool;
 
 impl Endpoint {
@@ -37,6 +37,11 @@ impl Endpoint {
     /// # Safety
     /// `comm` is NULL, or a live ncclComm_t that outlives the endpoint.
     pub unsafe fn nccl(comm: *mut c_void, options: &Options) -> Result<Arc<Endpoint>> {
+        if comm.is_null() {
+            return Err(invalid!(
+                "nccl_comm: NULL; expected an ncclComm_t (PyTorch makes one with its first collective)"
+            ));
+        }
         let driver = Driver::get()?;
         // SAFETY: by the promise of this function.
         let nccl = unsafe { Nccl::wrap(comm, options.timeout)? };
