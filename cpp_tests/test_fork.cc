@@ -159,6 +159,49 @@ TEST(Fork, HandlesOfTheParentAreDeadInTheChild) {
   rsb_comm_free(comm);
 }
 
+TEST(Fork, ACallWhoseCallbackForksEndsInTheChild) {
+  struct Seen {
+    rsb_comm *comm;
+    bool frees;
+    pid_t child;
+  };
+  const auto split = [](void *user_data, const rsb_result *) {
+    auto *seen = static_cast<Seen *>(user_data);
+    if (seen->frees) {
+      rsb_comm_free(seen->comm);
+    }
+    seen->child = fork();
+  };
+  for (const bool direct : {true, false}) {
+    for (const bool frees : {true, false}) {
+      Seen seen = {nullptr, frees, -1};
+      Error error;
+      ASSERT_RSB_OK(rsb_comm_create_local(1, nullptr, &seen.comm, error));
+      rsb_config config = RSB_CONFIG_INIT;
+      config.bucket_bytes = direct ? -1 : 0;
+      rsb_bucketer *bucketer = nullptr;
+      ASSERT_RSB_OK(rsb_bucketer_create(&config, &bucketer, error));
+      const float input[] = {1, 2, 3};
+      const void *inputs[] = {input};
+      rsb_status status = rsb_bucketer_reduce_scatter_async(bucketer, seen.comm, inputs, 3, RSB_DTYPE_F32, RSB_OP_SUM,
+                                                            split, &seen, error);
+      if (!direct) {
+        ASSERT_EQ(status, RSB_OK) << error.message();
+        status = rsb_bucketer_flush(bucketer, error);
+      }
+      if (seen.child == 0) {
+        _exit(status == RSB_ERR_ABORTED ? begin_anew(7) : 90);
+      }
+      int ended = -1;
+      EXPECT_EQ(waitpid(seen.child, &ended, 0), seen.child);
+      EXPECT_EQ(ended, 0) << "direct " << direct << ", frees " << frees;
+      EXPECT_EQ(status, RSB_OK) << error.message();
+      EXPECT_EQ(rsb_bucketer_free(bucketer), RSB_OK);
+      rsb_comm_free(seen.comm);
+    }
+  }
+}
+
 TEST(Fork, AChildBeginsAnewWhateverOtherThreadsDo) {
   if (kChildrenMayHang) {
     GTEST_SKIP() << "skipped: a fork beside other threads is not safe under AddressSanitizer";

@@ -29,6 +29,30 @@ TEST(Waiting, SubmitOfAWaitingOpNeedsNoPeer) {
   });
 }
 
+TEST(Waiting, ARankThatIsFarAheadIsNotLate) {
+  // It may give its peers a moment rather than take more staging; but nobody has to come yet.
+  constexpr uint32_t kRanks = 4;
+  constexpr size_t kRow = 64 << 10;
+  rsb_comm *comms[kRanks];
+  rsb_comm_config config = comm_config(50'000);
+  Error error;
+  ASSERT_RSB_OK(rsb_comm_create_local(kRanks, &config, comms, error));
+  {
+    Worker worker(comms[0], 0);
+    for (size_t i = 1; i <= 16; ++i) {
+      ASSERT_EQ(worker.try_submit(Op::f32(kRow), error), RSB_OK) << error.message();
+      rsb_stats stats;
+      ASSERT_EQ(rsb_bucketer_stats(worker, &stats, sizeof stats), RSB_OK);
+      EXPECT_GE(stats.staging_bytes_peak, i * kRow * sizeof(float) * kRanks);
+    }
+    EXPECT_EQ(worker.free(), RSB_OK);
+    EXPECT_EQ(worker.status(15), RSB_ERR_CANCELLED);
+  }
+  for (rsb_comm *comm : comms) {
+    rsb_comm_free(comm);
+  }
+}
+
 TEST(Waiting, PendingUntilThePeerHasCome) {
   Gate asked;
   Gate released;

@@ -14,12 +14,16 @@ impl<C: Copy + Send> Bucketer<C> {
     /// Launches the open bucket of a lane; a comm that has failed makes it a failed flight.
     pub(super) fn launch_lane(&self, q: &mut Queue<C>, index: usize, full: bool) -> Result<()> {
         let lane = &mut q.lanes[index];
-        let Some(open) = lane.open.take() else {
+        let Some(open) = &lane.open else {
             return Ok(());
         };
         let mut meter = Meter::default();
         let launched = open.comm.launch(lane.id, &mut meter);
         self.counters.meter(&meter);
+        // Only now: should a bug of ours have ended the call, its ops are found where they were.
+        let Some(open) = lane.open.take() else {
+            return Ok(());
+        };
         let mut outcome = None;
         match &launched {
             Ok(()) => {

@@ -283,7 +283,9 @@ impl<C: Copy + Send> Turn<'_, C> {
             };
             let ordinal = q.ordinal(comm.id()).unwrap_or_else(|| comm.next_ordinal());
             let call = self.bucketer.call(ordinal, kind);
-            result = result.and(comm.announce(&call, &mut Meter::default()));
+            let mut meter = Meter::default();
+            result = result.and(comm.announce(&call, &mut meter));
+            self.bucketer.counters.meter(&meter);
         }
         result
     }

@@ -65,6 +65,8 @@ pub struct Lane<C> {
     pub ordinal: Option<u32>,
     /// Ops that this lane has taken.
     pub taken: u64,
+    /// The comm's staging when it was last measured.
+    pub staging: u64,
     pub open: Option<Open<C>>,
     pub closed: bool,
 }

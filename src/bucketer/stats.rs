@@ -9,16 +9,10 @@ use crate::lane::work::Meter;
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds; callers take turns (the bucketer's lock).
+    /// Adds; callers take turns (the bucketer's lock, or that of who runs callbacks).
     #[inline]
     pub fn add(&self, n: u64) {
         self.0.store(self.get().wrapping_add(n), Ordering::Relaxed);
-    }
-
-    /// Adds one, from any thread.
-    #[inline]
-    pub fn count(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Raises it to `n` if it is less.

@@ -47,6 +47,7 @@ impl<C: Copy + Send> Bucketer<C> {
                     .map(|b| bucket_capacity(b, comm.size(), dtype.size())),
                 ordinal: q.ordinal(comm.id()),
                 taken: 0,
+                staging: 0,
                 open: None,
                 closed: false,
             });
@@ -131,6 +132,25 @@ impl<C: Copy + Send> Bucketer<C> {
         self.counters.staging_bytes_peak.raise(all);
     }
 
+    /// Measures the staging of a lane's comm if an op has just taken more.
+    #[inline]
+    fn measure_growth(&self, q: &mut Queue<C>, index: usize) {
+        let lane = &q.lanes[index];
+        if let Some(open) = &lane.open {
+            if open.comm.staging() != lane.staging {
+                self.measure_lane(q, index);
+            }
+        }
+    }
+
+    #[cold]
+    fn measure_lane(&self, q: &mut Queue<C>, index: usize) {
+        if let Some(comm) = q.lanes[index].open.as_ref().map(|o| o.comm.clone()) {
+            q.lanes[index].staging = comm.staging();
+            self.measure(q, &comm);
+        }
+    }
+
     /// Puts an op into the open bucket of its lane. On error nothing has changed.
     ///
     /// # Safety
@@ -201,6 +221,7 @@ impl<C: Copy + Send> Bucketer<C> {
         if taken.is_ok() && q.lanes[index].ordinal.is_none() {
             self.first_use(q, index, ask.work.bucketer.0);
         }
+        self.measure_growth(q, index);
         taken.map_err(|e| self.refused(q, e))
     }
 
@@ -252,6 +273,7 @@ impl<C: Copy + Send> Bucketer<C> {
         if opens {
             q.opened(index);
         }
+        self.measure_growth(q, index);
         match taken {
             Some(Err(e)) => Some(Err(self.refused(q, e))),
             other => other,

@@ -2,7 +2,7 @@
 //!
 //! Written once for threads and processes. A chunk goes through it like this: its rank fills the
 //! rows and stores a line ([`Group::publish`]); a rank that has seen the lines of all ranks commits
-//! it ([`Group::commit`]), reduces its own row and says so ([`Group::consumed`]); once all ranks
+//! it ([`Group::commit`]), reduces its own row and says so ([`Group::set_consumed`]); once all ranks
 //! have said so the chunk's memory may be filled again.
 
 use std::any::Any;

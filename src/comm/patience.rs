@@ -25,7 +25,7 @@ pub struct Patience {
 }
 
 impl Patience {
-    /// The beginning of a wait among `ranks` ranks of this host.
+    /// The beginning of a wait; with `spin` each rank has a core.
     pub fn new(spin: bool) -> Patience {
         Patience {
             spin,

@@ -75,7 +75,7 @@ impl Endpoint {
 
     /// The buckets of a device comm; none: it is a host comm.
     fn buckets(&self) -> Option<&DeviceBuckets> {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Device(buckets) => Some(buckets),
             _ => None,
         }
@@ -84,7 +84,7 @@ impl Endpoint {
     /// Whether it moves memory of a GPU, in the order of streams.
     #[inline]
     pub fn is_device(&self) -> bool {
-        matches!(self.lanes, Lanes::Device(_))
+        matches!(*self.lanes, Lanes::Device(_))
     }
 
     /// Device comm: in whose order results are ready; else null.

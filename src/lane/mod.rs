@@ -10,6 +10,7 @@ mod options;
 pub mod ring;
 pub mod work;
 
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
@@ -28,6 +29,7 @@ use crate::comm::shrink::{self, Origin};
 use crate::dtype::{DType, Op};
 use crate::error::{invalid, unsupported, Error, Result, Status};
 use crate::fingerprint::Call;
+use crate::fork;
 use crate::memory::Pool;
 
 /// Names a lane of one comm.
@@ -54,7 +56,20 @@ enum Lanes {
 pub struct Endpoint {
     id: AtomicU64,
     label: String,
-    lanes: Lanes,
+    lanes: ManuallyDrop<Lanes>,
+    /// In which process it was made.
+    process: u32,
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        // A child that is forked off inside a call may be the last to let go of it: nothing behind it is the
+        // child's, neither the mappings nor the engine.
+        if fork::epoch() == self.process {
+            // SAFETY: dropped here alone, and not used afterwards.
+            unsafe { ManuallyDrop::drop(&mut self.lanes) };
+        }
+    }
 }
 
 fn endpoint(label: &str, lanes: Lanes) -> Arc<Endpoint> {
@@ -62,7 +77,8 @@ fn endpoint(label: &str, lanes: Lanes) -> Arc<Endpoint> {
     Arc::new(Endpoint {
         id: AtomicU64::new(IDS.fetch_add(1, Ordering::Relaxed)),
         label: label.to_string(),
-        lanes,
+        lanes: ManuallyDrop::new(lanes),
+        process: fork::epoch(),
     })
 }
 
@@ -125,7 +141,7 @@ impl Endpoint {
 
     /// This rank's end of the smaller group that the survivors of a lost rank form. Blocks for them.
     pub fn shrink(&self, options: &Options) -> Result<Arc<Endpoint>> {
-        let Lanes::Ring(ring, origin) = &self.lanes else {
+        let Lanes::Ring(ring, origin) = &*self.lanes else {
             return Err(unsupported!(
                 "comm: on a transport; expected a local or shm comm, which alone can shrink"
             ));
@@ -156,7 +172,7 @@ impl Endpoint {
     /// This rank.
     #[inline]
     pub fn rank(&self) -> u32 {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(ring, _) => ring.group().rank(),
             Lanes::Buckets(buckets) => buckets.place().0,
             Lanes::Device(buckets) => buckets.place().0,
@@ -166,7 +182,7 @@ impl Endpoint {
     /// Ranks of the group.
     #[inline]
     pub fn size(&self) -> u32 {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(ring, _) => ring.group().size(),
             Lanes::Buckets(buckets) => buckets.place().1,
             Lanes::Device(buckets) => buckets.place().1,
@@ -175,7 +191,7 @@ impl Endpoint {
 
     /// The sticky first cause.
     pub fn status(&self) -> Result<()> {
-        let cause = match &self.lanes {
+        let cause = match &*self.lanes {
             Lanes::Ring(ring, _) => ring.group().cause(),
             Lanes::Buckets(buckets) => buckets.cause().map(|e| Error::clone(&e)),
             Lanes::Device(buckets) => buckets.cause().map(|e| Error::clone(&e)),
@@ -196,7 +212,7 @@ impl Endpoint {
     }
 
     fn end(&self, cause: Error) {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(ring, _) => ring.group().abort(&cause),
             Lanes::Buckets(buckets) => buckets.abort(cause),
             Lanes::Device(buckets) => buckets.abort(cause),
@@ -219,12 +235,12 @@ impl Endpoint {
 
     /// Whether its ranks share memory.
     fn is_ring(&self) -> bool {
-        matches!(self.lanes, Lanes::Ring(..))
+        matches!(*self.lanes, Lanes::Ring(..))
     }
 
     /// Bytes of shared staging that this rank has made real.
     pub fn staging(&self) -> u64 {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(ring, _) => ring.committed(),
             Lanes::Buckets(_) | Lanes::Device(_) => 0,
         }
@@ -232,7 +248,7 @@ impl Endpoint {
 
     /// The number that a bucketer gets on its first use of this comm.
     pub fn next_ordinal(&self) -> u32 {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(ring, _) => ring.next_ordinal(),
             Lanes::Buckets(buckets) => buckets.next_ordinal(),
             Lanes::Device(buckets) => buckets.next_ordinal(),
@@ -241,7 +257,7 @@ impl Endpoint {
 
     /// A new lane.
     pub fn open_lane(&self, dtype: DType, op: Op) -> LaneId {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(ring, _) => ring.open_lane(dtype, op),
             Lanes::Buckets(buckets) => buckets.open_lane(dtype, op),
             Lanes::Device(buckets) => buckets.open_lane(dtype, op),
@@ -250,7 +266,7 @@ impl Endpoint {
 
     /// Forgets a lane, what waits in it, and where its results go.
     pub fn close_lane(&self, id: LaneId) {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(ring, _) => ring.close_lane(id),
             Lanes::Buckets(buckets) => buckets.close_lane(id),
             Lanes::Device(buckets) => buckets.close_lane(id),
@@ -259,7 +275,7 @@ impl Endpoint {
 
     /// Frees the idle buckets of a lane. A comm's staging stays.
     pub fn release_buffers(&self, id: LaneId) {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(..) => {}
             Lanes::Buckets(buckets) => buckets.release_buffers(id),
             Lanes::Device(buckets) => buckets.release_buffers(id),
@@ -269,7 +285,7 @@ impl Endpoint {
     /// Has the memory that a lane's next bucket will need for `numel` elements, while this one is still
     /// open. On error nothing has changed.
     pub fn prepare_next(&self, id: LaneId, numel: usize, pool: &Arc<Pool>) -> Result<()> {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(..) => Ok(()),
             Lanes::Buckets(buckets) => buckets.prepare_next(id, numel, pool),
             Lanes::Device(buckets) => self.naming(buckets.prepare_next(id, pool)),
@@ -291,7 +307,7 @@ impl Endpoint {
     ) -> Result<()> {
         // SAFETY: by the promise of this function.
         self.naming(unsafe {
-            match &self.lanes {
+            match &*self.lanes {
                 Lanes::Ring(ring, _) => ring.submit(id, work, meter),
                 Lanes::Buckets(buckets) => buckets.submit(id, work, pool, meter),
                 Lanes::Device(_) => Err(only_on_host()),
@@ -301,7 +317,7 @@ impl Endpoint {
 
     /// Takes a launch or flush that finds something open into the sequence.
     pub fn announce(&self, call: &Call, meter: &mut Meter) -> Result<()> {
-        self.naming(match &self.lanes {
+        self.naming(match &*self.lanes {
             Lanes::Ring(ring, _) => ring.announce(call, meter),
             Lanes::Buckets(buckets) => buckets.announce(call, meter),
             Lanes::Device(buckets) => buckets.announce(call),
@@ -310,7 +326,7 @@ impl Endpoint {
 
     /// Starts the communication of what a lane holds.
     pub fn launch(&self, id: LaneId, meter: &mut Meter) -> Result<()> {
-        self.naming(match &self.lanes {
+        self.naming(match &*self.lanes {
             Lanes::Ring(ring, _) => ring.launch(id, meter),
             Lanes::Buckets(buckets) => buckets.launch(id, meter),
             Lanes::Device(buckets) => buckets.launch(id),
@@ -327,7 +343,7 @@ impl Endpoint {
         call: &Call,
         meter: &mut Meter,
     ) -> Option<(Result<()>, u64, Option<Error>)> {
-        let Lanes::Ring(ring, _) = &self.lanes else {
+        let Lanes::Ring(ring, _) = &*self.lanes else {
             return None;
         };
         let (launched, done, failure) = ring.flush(id, call, meter);
@@ -342,7 +358,7 @@ impl Endpoint {
     pub unsafe fn direct(&self, work: &Work, pool: &Arc<Pool>, meter: &mut Meter) -> Result<()> {
         // SAFETY: by the promise of this function.
         self.naming(unsafe {
-            match &self.lanes {
+            match &*self.lanes {
                 Lanes::Ring(ring, _) => ring.direct(work, meter),
                 Lanes::Buckets(buckets) => buckets.direct(work, pool, meter),
                 Lanes::Device(_) => Err(only_on_host()),
@@ -352,7 +368,7 @@ impl Endpoint {
 
     /// How many ops of a lane are complete; and why no more will be, if so.
     pub fn completed(&self, id: LaneId) -> (u64, Option<Error>) {
-        let (count, failure) = match &self.lanes {
+        let (count, failure) = match &*self.lanes {
             Lanes::Ring(ring, _) => ring.completed(id),
             Lanes::Buckets(buckets) => buckets.completed(id),
             Lanes::Device(buckets) => buckets.completed(id),
@@ -362,7 +378,7 @@ impl Endpoint {
 
     /// Carries on what can be carried on now.
     pub fn carry_on(&self, meter: &mut Meter) {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(ring, _) => ring.carry_on(meter),
             Lanes::Buckets(buckets) => buckets.carry_on(meter),
             Lanes::Device(buckets) => buckets.carry_on(),
@@ -377,7 +393,7 @@ impl Endpoint {
         limit: Option<Instant>,
         meter: &mut Meter,
     ) -> Waited {
-        match &self.lanes {
+        match &*self.lanes {
             Lanes::Ring(ring, _) => ring.wait(id, target, limit, meter),
             Lanes::Buckets(buckets) => buckets.wait(id, target, limit, meter),
             Lanes::Device(buckets) => {
@@ -399,7 +415,7 @@ impl Endpoint {
         let mut meter = Meter::default();
         // SAFETY: by the promise of this function.
         self.naming(unsafe {
-            match &self.lanes {
+            match &*self.lanes {
                 Lanes::Ring(ring, _) => ring.all_gather(input, output, bytes, &mut meter),
                 Lanes::Buckets(buckets) => buckets.all_gather(input, output, bytes, &mut meter),
                 Lanes::Device(buckets) => buckets.all_gather(input, output, bytes),

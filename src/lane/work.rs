@@ -198,10 +198,12 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Counts the time since a wait began, if one did.
-    pub fn waited(&mut self, start: Option<Instant>) {
+    /// Counts the time since a wait began, if one did, but for what was reduced meanwhile: `reducing` is
+    /// `reduce_ns` at its beginning.
+    pub fn waited(&mut self, start: Option<Instant>, reducing: u64) {
         if let Some(start) = start {
-            self.wait_ns += start.elapsed().as_nanos() as u64;
+            let all = start.elapsed().as_nanos() as u64;
+            self.wait_ns += all.saturating_sub(self.reduce_ns - reducing);
         }
     }
 }

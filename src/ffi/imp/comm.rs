@@ -137,13 +137,14 @@ unsafe fn create(
         let end = end(&unsafe { options(config)? })?;
         let (rank, size) = (end.rank(), end.size());
         let handle = insert(end)?;
-        // SAFETY: there is room for a handle.
-        unsafe { out_comm.write(handle) };
+        // Before the handle is told: a logger could free it.
         log::write(
             log::Level::Info,
             "comm",
             format_args!("rank {rank} of {size} {what}"),
         );
+        // SAFETY: there is room for a handle.
+        unsafe { out_comm.write(handle) };
         Ok(())
     };
     // SAFETY: err is NULL or may be written.

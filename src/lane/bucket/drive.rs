@@ -215,7 +215,7 @@ impl Buckets {
         meter: &mut Meter,
         mut over: impl FnMut(&mut State) -> bool,
     ) -> (Held<'a>, Waited, Option<Arc<Error>>) {
-        let start = Instant::now();
+        let (start, reducing) = (Instant::now(), meter.reduce_ns);
         let mut patience = Patience::new(false);
         let (waited, failure) = loop {
             if self.progress(&mut st, meter) {
@@ -243,7 +243,7 @@ impl Buckets {
             }
             st = self.lock();
         };
-        meter.wait_ns += start.elapsed().as_nanos() as u64;
+        meter.waited(Some(start), reducing);
         (st, waited, failure)
     }
 }

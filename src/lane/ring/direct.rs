@@ -2,6 +2,7 @@
 //! their own.
 
 use super::state::{Chunk, Content, State};
+use super::wait::Limit;
 use super::Ring;
 use crate::error::Result;
 use crate::fingerprint::{Call, CallKind};
@@ -48,7 +49,6 @@ impl Ring {
             lane: None,
             ops_end: 0,
             fill: work.bytes(),
-
             inline: false,
             content: Content::Lent { work },
         };
@@ -57,7 +57,7 @@ impl Ring {
             st.reclaim(&self.group);
             (self.group.slowest().1 > seq && st.reduced > seq).then_some(Ok(()))
         };
-        let waited = self.wait_for(st, None, meter, all_read).map(drop);
+        let waited = self.wait_for(st, Limit::Timeout, meter, all_read).map(drop);
         if waited.is_ok() || self.lock().reduced <= seq {
             return waited;
         }
@@ -169,6 +169,6 @@ impl Ring {
             }
         };
         let over = |st: &mut State| (st.reduced > last).then_some(Ok(()));
-        self.wait_for(st, None, meter, over).map(drop)
+        self.wait_for(st, Limit::Timeout, meter, over).map(drop)
     }
 }

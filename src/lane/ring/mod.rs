@@ -3,7 +3,7 @@
 //! A rank copies its rows into a chunk and publishes it when it is full, or when its bucket is
 //! launched; once all ranks have published chunk k, each reduces its own row of k straight into the
 //! results. So a large tensor streams through like many small ones, and on one host the chunk in
-//! cache is the real bucket. `State` never waits; all waiting is here, with the lock released.
+//! cache is the real bucket. `State` never waits; all waiting is in `wait`, with the lock released.
 
 mod carry;
 mod desync;
@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::state::{Chunk, Content, Piece, State};
+use self::wait::Limit;
 use super::work::{Meter, Waited, Work};
 use super::LaneId;
 use crate::comm::group::Group;
@@ -331,7 +332,9 @@ impl Ring {
     /// Publishes a lane's open chunk, if it has one.
     fn publish<'a>(&'a self, st: Held<'a>, id: LaneId, meter: &mut Meter) -> Result<Held<'a>> {
         let mut st = self.line(st, meter)?;
-        let Some(chunk) = st.lane(id).open.take() else {
+        // Meanwhile another thread may have published it, and closed the lane.
+        let lane = st.lanes.get_mut(id as usize).and_then(Option::as_mut);
+        let Some(chunk) = lane.and_then(|lane| lane.open.take()) else {
             return Ok(st);
         };
         st.open.retain(|&open| open != id);
@@ -370,7 +373,7 @@ impl Ring {
             Ok(mut st) => {
                 let target = st.lane(id).staged;
                 let over = |st: &mut State| (st.lane(id).reduced >= target).then_some(Ok(()));
-                self.wait_for(st, None, meter, over)
+                self.wait_for(st, Limit::Timeout, meter, over)
                     .map(|_| target)
                     .map_err(|e| (Ok(()), e))
             }
@@ -394,6 +397,7 @@ impl Ring {
     ) -> Waited {
         let st = self.lock();
         let over = |st: &mut State| (st.lane(id).reduced >= target).then_some(Ok(()));
+        let limit = limit.map_or(Limit::Timeout, Limit::Callers);
         match self.wait_for(st, limit, meter, over) {
             Ok((_, None)) => Waited::TimeUp,
             _ => Waited::Over,

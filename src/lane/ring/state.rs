@@ -340,9 +340,8 @@ impl State {
         (count <= seq).then_some(Stall::Consumed { rank, seq })
     }
 
-    /// Reduces every chunk that all ranks have published; notices the end of the group. Whether
-    /// anything moved.
-    pub fn progress(&mut self, group: &Group, meter: &mut Meter) -> bool {
+    /// Reduces every chunk that all ranks have published; notices the end of the group.
+    pub fn progress(&mut self, group: &Group, meter: &mut Meter) {
         let before = self.reduced;
         loop {
             // Looked at first: what was committed before the end has all its lines by then. What
@@ -359,7 +358,6 @@ impl State {
         if self.reduced > before {
             group.set_consumed(self.reduced);
         }
-        self.reduced > before || self.failure.is_some()
     }
 
     fn step(&mut self, group: &Group, meter: &mut Meter) -> bool {

@@ -16,6 +16,26 @@ use crate::lane::work::Meter;
 const PATIENCE: Duration = Duration::from_micros(200);
 const CROWDED_PATIENCE: Duration = Duration::from_millis(5);
 
+/// What ends a wait whose answer does not come.
+#[derive(Clone, Copy)]
+pub(super) enum Limit {
+    /// The comm's timeout, which ends the group.
+    Timeout,
+    /// That, or the caller's own time, before.
+    Callers(Instant),
+    /// Our own time: nobody has to come, so nobody is late.
+    Ours(Instant),
+}
+
+impl Limit {
+    fn time(self) -> Option<Instant> {
+        match self {
+            Limit::Timeout => None,
+            Limit::Callers(time) | Limit::Ours(time) => Some(time),
+        }
+    }
+}
+
 impl Ring {
     /// How long a submit waits for a chunk that was used before.
     pub(super) fn patience(&self) -> Option<Duration> {
@@ -38,16 +58,22 @@ impl Ring {
             return Ok((st, slot));
         }
         if st.is_ahead(group) {
-            let limit = patience.map(|time| Instant::now() + time);
-            let warm = |st: &mut State| st.warm_slot(group).map(Ok);
-            match self.wait_for(st, limit, meter, warm)? {
-                (held, Some(slot)) => return Ok((held, slot)),
-                (held, None) => st = held,
+            let limit = patience.map_or(Limit::Timeout, |time| Limit::Ours(Instant::now() + time));
+            // Nobody waits for memory that another thread has taken meanwhile.
+            let warm = |st: &mut State| {
+                let slot = st.warm_slot(group);
+                (slot.is_some() || !st.is_ahead(group)).then_some(Ok(slot))
+            };
+            let (held, answer) = self.wait_for(st, limit, meter, warm)?;
+            st = held;
+            match answer {
+                Some(Some(slot)) => return Ok((st, slot)),
+                Some(None) => {}
+                None => st.note_stuck(group),
             }
-            st.note_stuck(group);
         }
         let free = |st: &mut State| st.slot(group).transpose();
-        match self.wait_for(st, None, meter, free)? {
+        match self.wait_for(st, Limit::Timeout, meter, free)? {
             (st, Some(slot)) => {
                 let bytes = st.committed(group);
                 self.committed.store(bytes, Ordering::Relaxed);
@@ -64,26 +90,27 @@ impl Ring {
             return Ok(st);
         }
         let free = |st: &mut State| st.has_line(group).then_some(Ok(()));
-        self.wait_for(st, None, meter, free).map(|(st, _)| st)
+        self.wait_for(st, Limit::Timeout, meter, free)
+            .map(|(st, _)| st)
     }
 
-    /// Waits until `over` has an answer, carrying on everything that travels; none once `limit` has
-    /// passed. The lock is released while this rank sleeps.
+    /// Waits until `over` has an answer, carrying on everything that travels; none once the time of `limit`
+    /// has come. The lock is released while this rank sleeps.
     pub(super) fn wait_for<'a, T>(
         &'a self,
         mut st: Held<'a>,
-        limit: Option<Instant>,
+        limit: Limit,
         meter: &mut Meter,
         mut over: impl FnMut(&mut State) -> Option<Result<T>>,
     ) -> Result<(Held<'a>, Option<T>)> {
         let group = &self.group;
         let mut patience = Patience::new(group.spin());
-        let mut start = None;
+        let (mut start, mut seen) = (None, st.reduced);
+        let reducing = meter.reduce_ns;
         let answer = loop {
-            let mut moved = false;
             // What can be answered at once is not held up by work that other calls can do.
             if let Some(answer) = over(&mut st).or_else(|| {
-                moved = st.progress(group, meter);
+                st.progress(group, meter);
                 over(&mut st)
             }) {
                 break answer.map(Some);
@@ -91,10 +118,11 @@ impl Ring {
             if let Some(e) = &st.failure {
                 break Err(Error::clone(e));
             }
-            if moved {
+            // Whoever it was that reduced something.
+            if std::mem::replace(&mut seen, st.reduced) != st.reduced {
                 patience.progress();
             }
-            if limit.is_some_and(|t| Instant::now() >= t) {
+            if limit.time().is_some_and(|t| Instant::now() >= t) {
                 break Ok(None);
             }
             let Some(stall) = st.stall(group) else {
@@ -105,27 +133,37 @@ impl Ring {
             if !patience.glance(ready) {
                 start.get_or_insert_with(Instant::now);
                 patience.pause(ready, |slice| {
-                    let left = limit.map_or(slice, |t| t.saturating_duration_since(Instant::now()));
-                    group.sleep(&stall, slice.min(left));
+                    let left = limit
+                        .time()
+                        .map(|t| t.saturating_duration_since(Instant::now()));
+                    group.sleep(&stall, slice.min(left.unwrap_or(slice)));
                 });
             }
-            self.lose_patience(&patience, &stall);
+            self.mourn(&stall);
+            if !matches!(limit, Limit::Ours(_)) {
+                self.lose_patience(&patience, &stall);
+            }
             st = self.lock();
         };
-        meter.waited(start);
+        meter.waited(start, reducing);
         answer.map(|answer| (st, answer))
     }
 
-    /// Ends the group if a rank is gone that this wait needs, or the awaited one is too late.
-    fn lose_patience(&self, patience: &Patience, stall: &Stall) {
-        let (group, rank) = (&self.group, stall.rank());
-        // A missing line is mourned where lines are read; here it is a chunk that a rank will not reduce.
+    /// Ends the group if a rank is gone that will not reduce what this wait needs. A missing line is mourned
+    /// where lines are read.
+    fn mourn(&self, stall: &Stall) {
+        let group = &self.group;
         if let Stall::Consumed { seq, .. } = *stall {
             if let Some(gone) = group.lost(|rank| group.consumed(rank) <= seq) {
                 group.abort(&gone);
             }
         }
+    }
+
+    /// Ends the group if the awaited rank is too late.
+    fn lose_patience(&self, patience: &Patience, stall: &Stall) {
         let Some(timeout) = self.timeout else { return };
+        let (group, rank) = (&self.group, stall.rank());
         if patience.waited() >= timeout && !group.is_over(stall) {
             let text = format!(
                 "rank {} waited {:.3} s for rank {rank}, which has made {} calls on this comm",
