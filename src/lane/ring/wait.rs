@@ -13,7 +13,7 @@ use crate::lane::work::Meter;
 
 /// How long a rank that is ahead waits in a submit for peers that stand still, once, before it takes cold
 /// memory. Peers that share its core catch up meanwhile; others that keep step need less than this.
-const PATIENCE: Duration = Duration::from_micros(200);
+const PATIENCE: Duration = Duration::from_micros(500);
 const CROWDED_PATIENCE: Duration = Duration::from_millis(5);
 
 /// What ends a wait whose answer does not come.
