@@ -129,8 +129,8 @@ pub struct State {
     sources: Vec<*const u8>,
     /// The rank whose line was missing last.
     awaited: u32,
-    /// How far the slowest rank was when it was last waited for in vain.
-    stuck: Option<u64>,
+    /// How far the slowest rank was when it was last waited for in vain, and how many chunks travelled.
+    stuck: Option<(u64, usize)>,
     /// The first cause, once all that was committed before it is reduced.
     pub failure: Option<Arc<Error>>,
 }
@@ -242,12 +242,17 @@ impl State {
 
     /// Whether this rank is so far ahead of its peers that it may as well let them run.
     pub fn is_ahead(&self, group: &Group) -> bool {
-        self.slotted >= AHEAD && self.stuck != Some(group.slowest().1)
+        let room = match self.stuck {
+            Some((slowest, slotted)) if slowest == group.slowest().1 => slotted,
+            _ => 0,
+        };
+        self.slotted >= room + AHEAD
     }
 
-    /// Notes that the slowest rank stands still: it is waited for again once it has moved.
+    /// Notes that the slowest rank stands still: it is waited for again once it has moved, or as many more
+    /// chunks travel.
     pub fn note_stuck(&mut self, group: &Group) {
-        self.stuck = Some(group.slowest().1);
+        self.stuck = Some((group.slowest().1, self.slotted));
     }
 
     /// A free chunk of memory, used before or made real now. `Ok(None)`: one must be awaited.

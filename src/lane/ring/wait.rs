@@ -11,7 +11,7 @@ use crate::comm::patience::Patience;
 use crate::error::{Error, Result, Status};
 use crate::lane::work::Meter;
 
-/// How long a rank that is ahead waits in a submit for peers that stand still, once, before it takes cold
+/// How long a rank that is ahead waits in a submit for peers that stand still before it takes some more cold
 /// memory. Peers that share its core catch up meanwhile; others that keep step need less than this.
 const PATIENCE: Duration = Duration::from_micros(500);
 const CROWDED_PATIENCE: Duration = Duration::from_millis(5);
