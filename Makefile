@@ -71,8 +71,10 @@ models models-slice:
 	RUSTFLAGS="--cfg loom" $(MODEL_TEST) --target-dir target/loom -- --nocapture ring::model
 	RUSTFLAGS="--cfg shuttle" $(MODEL_TEST) --target-dir target/shuttle -- --nocapture ring::model
 
-# A choice of the C and C++ programs under valgrind, Rust code included (about a minute of CPU time).
-MEMCHECK := test_status test_handles test_hooks test_callbacks test_comm
+# The C and C++ programs under valgrind, Rust code included (about ten minutes of CPU time): all but those whose
+# times or system calls valgrind changes, and the NaNs of test_values, which it computes in its own way.
+MEMCHECK := $(addprefix test_,arguments bucketer callbacks comm custom dtype exceptions fairscale handles hooks \
+  identity mismatch original_defects results status version waiting)
 memcheck:
 	tools/setup
 	cmake -S . -B build -DCMAKE_BUILD_TYPE=Release
