@@ -106,6 +106,19 @@ class Bucketer {
   rsb_bucketer *handle_ = nullptr;
 };
 
+/// What callbacks of tests throw.
+struct Thrown {};
+
+/// Whether the call let a callback's exception through.
+inline bool throws(const std::function<void()> &call) {
+  try {
+    call();
+  } catch (const Thrown &) {
+    return true;
+  }
+  return false;
+}
+
 }  // namespace harness
 
 #define EXPECT_RSB_OK(call) EXPECT_EQ(std::string(rsb_status_name(call)), "RSB_OK")

@@ -137,17 +137,6 @@ TEST(Comms, OneFailsAndTheOtherGoesOn) {
   });
 }
 
-struct Thrown {};
-
-bool throws(const std::function<void()> &call) {
-  try {
-    call();
-  } catch (const Thrown &) {
-    return true;
-  }
-  return false;
-}
-
 /// Submits what waits, in two buckets, and what is direct; rank 1's callbacks run `then`.
 void submit_some(DeviceWorker &worker, const DeviceRank &rank, const std::function<void(const rsb_result &)> &then) {
   for (size_t i = 0; i < 5; ++i) {

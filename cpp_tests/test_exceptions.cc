@@ -15,18 +15,6 @@ using namespace harness;
 
 namespace {
 
-struct Thrown {};
-
-/// Whether the call let a callback's exception through.
-bool throws(const std::function<void()> &call) {
-  try {
-    call();
-  } catch (const Thrown &) {
-    return true;
-  }
-  return false;
-}
-
 class OneRankThrows : public ::testing::TestWithParam<std::tuple<On, uint32_t>> {
  protected:
   uint32_t size() const { return std::get<1>(GetParam()); }

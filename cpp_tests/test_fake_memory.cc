@@ -12,6 +12,15 @@ using gpu::breached;
 using gpu::Device;
 using Bytes = std::vector<unsigned char>;
 
+/// The parameters of rsb_pack_few with its first segment, as the kernel lays them out.
+struct PackFew {
+  uint64_t dst, stride;
+  uint32_t rows, segments;
+  uint64_t src, at, count;
+  uint32_t end, flat;
+  char rest[480];
+};
+
 // ---- Memory ---------------------------------------------------------------------------------------
 
 class Memory : public gpu::TwoStreams {};
@@ -174,13 +183,7 @@ TEST(Contexts, DoNotMix) {
   EXPECT_EQ(cuEventRecord(event, other), CUDA_ERROR_INVALID_HANDLE);
   EXPECT_CUDA(cuEventRecord(event, stream));
   EXPECT_CUDA(cuStreamWaitEvent(other, event, 0)) << "that is allowed";
-  struct {
-    uint64_t dst, stride;
-    uint32_t rows, segments;
-    uint64_t src, at, count;
-    uint32_t end, flat;
-    char rest[480];
-  } pack{};
+  PackFew pack{};
   pack.segments = pack.end = 1;
   void *params[] = {&pack};
   EXPECT_EQ(cuLaunchKernel(function, 1, 1, 1, 256, 1, 1, 0, other, params, nullptr), CUDA_ERROR_INVALID_HANDLE);
@@ -273,13 +276,7 @@ TEST(Modules, AreTextThatTheOldestDriverTakes) {
 
 TEST(Modules, LaunchesHaveTheGridOfTheirParameters) {
   Device device;
-  struct {
-    uint64_t dst, stride;
-    uint32_t rows, segments;
-    uint64_t src, at, count;
-    uint32_t end, flat;
-    char rest[480];
-  } pack{};
+  PackFew pack{};
   pack.dst = device.memory(100);
   pack.src = device.memory(Bytes(100, 8));
   pack.segments = pack.end = 1;
