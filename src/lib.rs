@@ -29,6 +29,7 @@ pub mod fork;
 pub mod handle;
 pub mod lane;
 pub mod layout;
+pub mod lock;
 pub mod log;
 pub mod memory;
 pub mod reduce;

@@ -17,9 +17,8 @@ mod turn;
 #[cfg(test)]
 mod tests;
 
-use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::plan::Plan;
@@ -31,6 +30,7 @@ use crate::error::{Error, Result, Status};
 use crate::fingerprint::CallKind;
 use crate::lane::work::Work;
 use crate::lane::Endpoint;
+use crate::lock::{Guard, Lock};
 use crate::memory::{Cache, Pool};
 use crate::thread;
 
@@ -64,47 +64,17 @@ pub struct Bucketer<C> {
     nonce: u64,
     bucket_bytes: Option<u64>,
     pool: Arc<Pool>,
-    /// Held by the call that runs callbacks; and which thread that is.
-    turn: Mutex<()>,
-    runner: AtomicUsize,
+    /// Held by the call that runs callbacks.
+    turn: Lock<()>,
     /// Whether a callback has submitted direct ops, whose callbacks come right after it.
     is_due: AtomicBool,
     /// Whether it has been used on device comms.
     devices: AtomicBool,
-    queue: Mutex<Queue<C>>,
-    /// The thread that has the queue.
-    holder: AtomicUsize,
+    queue: Lock<Queue<C>>,
     counters: Counters,
 }
 
-/// The queue, and the note of which thread has it.
-struct Held<'a, C> {
-    queue: MutexGuard<'a, Queue<C>>,
-    holder: &'a AtomicUsize,
-}
-
-impl<C> Deref for Held<'_, C> {
-    type Target = Queue<C>;
-
-    #[inline]
-    fn deref(&self) -> &Queue<C> {
-        &self.queue
-    }
-}
-
-impl<C> DerefMut for Held<'_, C> {
-    #[inline]
-    fn deref_mut(&mut self) -> &mut Queue<C> {
-        &mut self.queue
-    }
-}
-
-impl<C> Drop for Held<'_, C> {
-    #[inline]
-    fn drop(&mut self) {
-        self.holder.store(0, Ordering::Relaxed);
-    }
-}
+type Held<'a, C> = Guard<'a, Queue<C>>;
 
 const TICKET_BITS: u32 = 40;
 
@@ -115,31 +85,24 @@ impl<C: Copy + Send> Bucketer<C> {
         Arc::new(Bucketer {
             nonce: NONCES.fetch_add(1, Ordering::Relaxed) << TICKET_BITS,
             bucket_bytes,
-            queue: Mutex::new(Queue::new(Cache::new(pool.clone()))),
+            queue: Lock::new(Queue::new(Cache::new(pool.clone()))),
             pool,
-            holder: AtomicUsize::new(0),
-            turn: Mutex::new(()),
-            runner: AtomicUsize::new(0),
+            turn: Lock::new(()),
             is_due: AtomicBool::new(false),
             devices: AtomicBool::new(false),
             counters: Counters::default(),
         })
     }
 
-    #[inline]
+    #[inline(always)]
     fn lock(&self) -> Held<'_, C> {
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        self.holder.store(thread::this(), Ordering::Relaxed);
-        Held {
-            queue,
-            holder: &self.holder,
-        }
+        self.queue.lock(thread::this())
     }
 
     /// Refuses a call that an allocator function makes while this bucketer waits for it.
     #[inline]
     pub fn refuse_inner_call(&self) -> Result<()> {
-        if self.holder.load(Ordering::Relaxed) == thread::this() {
+        if self.queue.is_held_by(thread::this()) {
             let text = "bucketer: called by its own allocator; expected no call while it allocates";
             return Err(Error::new(Status::Reentrant, text));
         }
@@ -148,7 +111,7 @@ impl<C: Copy + Send> Bucketer<C> {
 
     /// Whether this thread is inside a call of this bucketer, that is: in a callback.
     pub fn is_running_here(&self) -> bool {
-        self.runner.load(Ordering::Relaxed) == thread::this()
+        self.turn.is_held_by(thread::this())
     }
 
     fn refuse_reentry(&self, what: &str) -> Result<()> {
@@ -239,7 +202,7 @@ impl<C: Copy + Send> Bucketer<C> {
     /// Gives idle memory back.
     pub fn release_buffers(&self) -> Result<()> {
         self.refuse_reentry("release_buffers")?;
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.turn.lock(thread::this());
         let mut q = self.lock();
         if !q.is_idle() {
             let text = "release_buffers: ops are pending; expected a flush before";
@@ -270,7 +233,7 @@ pub fn is_sticky(status: Status) -> bool {
 
 impl<C> Drop for Bucketer<C> {
     fn drop(&mut self) {
-        let q = self.queue.get_mut().unwrap_or_else(PoisonError::into_inner);
-        q.lanes.iter_mut().for_each(queue::Lane::close);
+        let lanes = &mut self.queue.get_mut().lanes;
+        lanes.iter_mut().for_each(queue::Lane::close);
     }
 }

@@ -5,7 +5,6 @@
 //! dropping the turn settles what was handed back; everything else is in the queue again.
 
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::hand::Hand;
@@ -14,6 +13,7 @@ use super::queue::Queue;
 use super::{Bucketer, Completion};
 use crate::error::Result;
 use crate::fingerprint::CallKind;
+use crate::lock::Guard;
 use crate::thread;
 
 /// A call under way.
@@ -22,7 +22,7 @@ pub struct Turn<'a, C: Copy + Send> {
     pub(super) plan: Plan<'a, C>,
     pub(super) result: Result<()>,
     /// Callbacks run under this; none: nobody needs one, or the call is made by a callback.
-    pub(super) guard: Option<MutexGuard<'a, ()>>,
+    pub(super) guard: Option<Guard<'a, ()>>,
     pub(super) nested: bool,
     /// A callback has thrown: no further one runs in this call.
     pub(super) abandoned: bool,
@@ -58,14 +58,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
     }
 
     pub(super) fn take_turn(&mut self) {
-        let guard = self
-            .bucketer
-            .turn
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        self.bucketer
-            .runner
-            .store(thread::this(), Ordering::Relaxed);
+        let guard = self.bucketer.turn.lock(thread::this());
         self.guard = Some(guard);
     }
 
@@ -218,9 +211,6 @@ impl<C: Copy + Send> Drop for Turn<'_, C> {
         if !idle(&self.batch) || !idle(&self.due) {
             let mut q = self.bucketer.lock();
             self.owe(&mut q);
-        }
-        if self.guard.is_some() {
-            self.bucketer.runner.store(0, Ordering::Relaxed);
         }
     }
 }

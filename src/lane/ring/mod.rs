@@ -14,7 +14,7 @@ mod state;
 mod wait;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::state::{Chunk, Content, Piece, State};
@@ -26,6 +26,7 @@ use crate::dtype::{DType, Op};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Call, CallKind};
 use crate::layout::aligned;
+use crate::lock::{Guard, Lock};
 
 pub use self::desync::name as name_difference;
 
@@ -33,12 +34,12 @@ pub use self::desync::name as name_difference;
 pub struct Ring {
     group: Group,
     timeout: Option<Duration>,
-    state: Mutex<State>,
+    state: Lock<State>,
     /// Bytes of staging made real.
     committed: AtomicU64,
 }
 
-type Held<'a> = MutexGuard<'a, State>;
+type Held<'a> = Guard<'a, State>;
 
 impl Ring {
     /// The ring of one rank's end of a group. `timeout`: none waits for ever.
@@ -46,7 +47,7 @@ impl Ring {
         Ring {
             group,
             timeout,
-            state: Mutex::new(State::new()),
+            state: Lock::new(State::new()),
             committed: AtomicU64::new(0),
         }
     }
@@ -56,9 +57,10 @@ impl Ring {
         &self.group
     }
 
-    #[inline]
+    #[inline(always)]
     fn lock(&self) -> Held<'_> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        // Nobody asks who has it.
+        self.state.lock(1)
     }
 
     /// The state of a comm that has not failed.
