@@ -50,6 +50,15 @@ pub struct Ask<C> {
     pub payload: C,
 }
 
+/// An op that is not checked yet: what a submit has before it knows the comm.
+pub trait Asks<C> {
+    /// The op, if it is of the plainest kind, as most are, and nothing is wrong with it on a comm of `size`
+    /// ranks, but for how large it is.
+    fn plain(&self, size: u32) -> Option<Ask<C>>;
+    /// The op, checked against its comm.
+    fn check(&self, comm: &Endpoint) -> Result<Ask<C>>;
+}
+
 /// A finished op, for its callback.
 pub struct Completion<'a, C> {
     /// The op.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::queue::{Flight, Lane, Outcome, Pending, Queue, Results, Use};
-use super::{is_sticky, Ask, Bucketer};
+use super::{is_sticky, Ask, Asks, Bucketer};
 use crate::dtype::{DType, Op};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Call, CallKind};
@@ -62,7 +62,7 @@ impl<C: Copy + Send> Bucketer<C> {
     }
 
     /// The op as it waits for its end.
-    #[inline]
+    #[inline(always)]
     pub(super) fn pending(
         &self,
         ticket: u64,
@@ -87,7 +87,7 @@ impl<C: Copy + Send> Bucketer<C> {
     }
 
     /// Counts an accepted op; its ticket.
-    #[inline]
+    #[inline(always)]
     pub(super) fn count(&self, tickets: &mut u64, work: &Work) -> u64 {
         *tickets += 1;
         let element = work.dtype.size() as u64;
@@ -155,7 +155,7 @@ impl<C: Copy + Send> Bucketer<C> {
     ///
     /// # Safety
     /// As for `submit`.
-    #[inline]
+    #[inline(always)]
     unsafe fn gather(
         &self,
         lane: &mut Lane<C>,
@@ -227,16 +227,12 @@ impl<C: Copy + Send> Bucketer<C> {
 
     /// The common case of a submit: the op fits into the open bucket of the lane that was used last, or
     /// opens one, with room to spare, so that nothing else has to happen. None: it is not that case, or
-    /// that lane is not one of comm `id`. `ask` checks the op against the comm.
+    /// that lane is not one of comm `id`.
     ///
     /// # Safety
     /// As for `submit`.
-    #[inline]
-    pub unsafe fn submit_fitting(
-        &self,
-        id: u64,
-        ask: impl FnOnce(&Endpoint) -> Result<Ask<C>>,
-    ) -> Option<Result<u64>> {
+    #[inline(always)]
+    pub unsafe fn submit_fitting(&self, id: u64, asks: &impl Asks<C>) -> Option<Result<u64>> {
         let mut held = self.lock();
         let q = &mut *held;
         let index = q.recent;
@@ -258,26 +254,30 @@ impl<C: Copy + Send> Bucketer<C> {
         }
         let lane = &mut q.lanes[index];
         let open = lane.open.as_ref()?;
-        let taken = match ask(&open.comm) {
-            Err(e) => Some(Err(e)),
-            Ok(mut ask) => {
-                let same = lane.dtype == ask.work.dtype && lane.op == ask.work.op;
-                if same && ask.work.numel < capacity - open.used {
-                    // SAFETY: by the promise of this function.
-                    Some(unsafe { self.gather(lane, &mut q.results, &mut q.tickets, &mut ask) })
-                } else {
-                    None
+        let mut ask = match asks.plain(open.comm.size()) {
+            Some(ask) => ask,
+            None => match asks.check(&open.comm) {
+                Ok(ask) => ask,
+                Err(e) => {
+                    q.opened(index);
+                    return Some(Err(self.refused(q, e)));
                 }
-            }
+            },
         };
+        let same = lane.dtype == ask.work.dtype && lane.op == ask.work.op;
+        let fits = same && ask.work.numel < capacity - open.used;
+        // SAFETY: by the promise of this function.
+        let taken = fits
+            .then(|| unsafe { self.gather(lane, &mut q.results, &mut q.tickets, &mut ask) });
         if opens {
             q.opened(index);
         }
+        let taken = taken?;
         self.measure_growth(q, index);
-        match taken {
-            Some(Err(e)) => Some(Err(self.refused(q, e))),
-            other => other,
-        }
+        Some(match taken {
+            Err(e) => Err(self.refused(q, e)),
+            Ok(ticket) => Ok(ticket),
+        })
     }
 
     /// Carries out an op that is larger than a bucket; it is in `flights`, or `due`, afterwards.

@@ -106,7 +106,7 @@ impl Work {
     ///
     /// # Safety
     /// As for `row`; `from + count <= numel`; `to` takes them and overlaps no input.
-    #[inline]
+    #[inline(never)]
     pub unsafe fn copy_row(&self, rank: u32, from: usize, count: usize, to: *mut u8) {
         if count == 0 {
             return;
@@ -132,7 +132,7 @@ impl Work {
     ///
     /// # Safety
     /// As for `copy_row`.
-    #[inline]
+    #[inline(always)]
     pub unsafe fn copy_rows(
         &self,
         from: usize,
@@ -141,16 +141,22 @@ impl Work {
         stride: usize,
         skipped: u32,
     ) {
-        let (skip, bytes) = (from * self.dtype.size(), count * self.dtype.size());
-        for rank in (0..self.size).filter(|&rank| rank != skipped) {
-            // SAFETY: by the promise of this function.
-            unsafe {
-                let to = to.add(rank as usize * stride);
-                match self.rows {
-                    Rows::Pieces(pieces) => copy((*pieces.add(rank as usize)).add(skip), to, bytes),
-                    Rows::Flat { .. } => self.copy_row(rank, from, count, to),
-                }
+        let Rows::Pieces(pieces) = self.rows else {
+            for rank in (0..self.size).filter(|&rank| rank != skipped) {
+                // SAFETY: by the promise of this function.
+                unsafe { self.copy_row(rank, from, count, to.add(rank as usize * stride)) };
             }
+            return;
+        };
+        let (skip, bytes) = (from * self.dtype.size(), count * self.dtype.size());
+        let (mut rank, mut to) = (0, to);
+        while rank < self.size {
+            if rank != skipped {
+                // SAFETY: by the promise of this function; there is a pointer for every rank.
+                unsafe { copy((*pieces.add(rank as usize)).add(skip), to, bytes) };
+            }
+            rank += 1;
+            to = to.wrapping_add(stride);
         }
     }
 
@@ -170,7 +176,7 @@ impl Work {
 ///
 /// # Safety
 /// `from` is readable and `to` writable for `bytes`; they do not overlap.
-#[inline]
+#[inline(always)]
 unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
     // SAFETY: by the promise of this function; any alignment.
     unsafe {

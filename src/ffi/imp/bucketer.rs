@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::comm::{comm_of, is_live, poison_after_panic};
 use super::read::{given, structure};
-use super::submit::{check, plain, Callback};
+use super::submit::{check, Asked, Callback};
 use super::{answer, fill, guarded, hook_panics, look_up, too_many};
 use crate::bucketer::{Bucketer, Completion, Turn, DEFAULT_BUCKET};
 use crate::error::{invalid, unsupported, Error, Result, Status};
@@ -340,14 +340,7 @@ unsafe fn submit(
             return Ok(None);
         }
         // SAFETY: by the promise of this function; the rest is rule 6.
-        let ask = |end: &_| unsafe {
-            match plain(end, args) {
-                Some(ask) => Ok(ask),
-                None => check(end, args),
-            }
-        };
-        // SAFETY: as above.
-        unsafe { held.submit_fitting(comm as u64, ask) }.transpose()
+        unsafe { held.submit_fitting(comm as u64, &Asked::new(args)) }.transpose()
     });
     match fitting {
         Ok(Some(ticket)) => {

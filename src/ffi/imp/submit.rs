@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use super::read::overlap;
-use crate::bucketer::Ask;
+use crate::bucketer::{Ask, Asks};
 use crate::dtype::{check_rules, DType, Finish, Op};
 use crate::error::{invalid, unsupported, Result};
 use crate::ffi::{rsb_callback, rsb_submit_args, RSB_SUBMIT_ACCUMULATE, RSB_SUBMIT_BORROW};
@@ -28,51 +28,65 @@ fn dtype_of(code: u32, name: &str) -> Result<DType> {
         .ok_or_else(|| unsupported!("{name}: {code}; expected an RSB_DTYPE_, 1 to 8"))
 }
 
-/// An op of the plainest kind, as most are: a sum or the like in the input's own type, into memory of
-/// ours. None: it needs the full check.
-///
-/// # Safety
-/// With numel > 0, the arrays of `args` are as the header says.
-#[inline(always)]
-pub unsafe fn plain(comm: &Endpoint, args: &rsb_submit_args) -> Option<Ask<Callback>> {
-    let (dtype, op) = (DType::from_code(args.dtype)?, Op::from_code(args.op)?);
-    let pieces: *const *const u8 = args.inputs.cast();
-    let other = args.output_dtype != 0
-        || args.flags & !RSB_SUBMIT_BORROW != 0
-        || args.scale != 0.0
-        || !args.flat_input.is_null()
-        || !args.output.is_null()
-        || !args.stream.is_null();
-    if other || args.numel == 0 || pieces.is_null() || (op == Op::Avg && !dtype.is_float()) {
-        return None;
+/// What a submit was given, with pointers that keep the header's rules.
+pub struct Asked<'a>(&'a rsb_submit_args);
+
+impl<'a> Asked<'a> {
+    /// # Safety
+    /// With numel > 0, the arrays of `args` are as the header says.
+    pub unsafe fn new(args: &'a rsb_submit_args) -> Asked<'a> {
+        Asked(args)
     }
-    let size = comm.size();
-    total_bytes(args.numel, size, dtype.size())?;
-    for i in 0..size as usize {
-        // SAFETY: there is a pointer for every rank.
-        if unsafe { *pieces.add(i) }.is_null() {
+}
+
+impl Asks<Callback> for Asked<'_> {
+    #[inline(always)]
+    fn plain(&self, size: u32) -> Option<Ask<Callback>> {
+        let args = self.0;
+        let (dtype, op) = (DType::from_code(args.dtype)?, Op::from_code(args.op)?);
+        let pieces: *const *const u8 = args.inputs.cast();
+        let other = args.output_dtype != 0
+            || args.flags & !RSB_SUBMIT_BORROW != 0
+            || args.scale != 0.0
+            || !args.flat_input.is_null()
+            || !args.output.is_null()
+            || !args.stream.is_null();
+        if other || args.numel == 0 || pieces.is_null() || (op == Op::Avg && !dtype.is_float()) {
             return None;
         }
+        for i in 0..size as usize {
+            // SAFETY: there is a pointer for every rank, by the promise of `new`.
+            if unsafe { *pieces.add(i) }.is_null() {
+                return None;
+            }
+        }
+        let work = Work {
+            rows: Rows::Pieces(pieces),
+            size,
+            numel: args.numel,
+            dtype,
+            op,
+            finish: Finish::plain(dtype),
+            output: std::ptr::null_mut(),
+            output_is_ours: false,
+            borrow: args.flags != 0,
+            tag: args.tag,
+            stream: std::ptr::null_mut(),
+            bucketer: (0, 0),
+        };
+        let payload = Callback {
+            function: args.callback,
+            user_data: args.user_data,
+        };
+        Some(Ask { work, payload })
     }
-    let work = Work {
-        rows: Rows::Pieces(pieces),
-        size,
-        numel: args.numel,
-        dtype,
-        op,
-        finish: Finish::plain(dtype),
-        output: std::ptr::null_mut(),
-        output_is_ours: false,
-        borrow: args.flags != 0,
-        tag: args.tag,
-        stream: std::ptr::null_mut(),
-        bucketer: (0, 0),
-    };
-    let payload = Callback {
-        function: args.callback,
-        user_data: args.user_data,
-    };
-    Some(Ask { work, payload })
+
+    #[cold]
+    #[inline(never)]
+    fn check(&self, comm: &Endpoint) -> Result<Ask<Callback>> {
+        // SAFETY: by the promise of `new`.
+        unsafe { check(comm, self.0) }
+    }
 }
 
 /// Checks what any op asks for.
