@@ -47,7 +47,7 @@ impl<C: Copy + Send> Bucketer<C> {
             let mut pending = self.pending(ticket, comm.rank(), ask, None);
             pending.lies_at(&comm, placed);
             open.used += ask.work.numel;
-            open.ops.push_back(pending);
+            open.ops.push(pending);
         }
         Ok(ticket)
     }
@@ -79,7 +79,7 @@ impl<C: Copy + Send> Bucketer<C> {
         let mut pending = self.pending(ticket, comm.rank(), ask, None);
         pending.lies_at(comm, placed);
         let mut ops = q.list();
-        ops.push_back(pending);
+        ops.push(pending);
         let mut flight = Flight {
             comm: comm.clone(),
             lane: DIRECT,

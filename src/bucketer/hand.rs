@@ -228,7 +228,7 @@ impl<C> Hand<C> {
 
     /// Takes back the memory of what is handed back, but for what callbacks have kept.
     pub fn settle(&mut self, q: &mut Queue<C>) {
-        for op in self.ops.range(self.settled..self.handed) {
+        for op in &self.ops[self.settled..self.handed] {
             match op.block {
                 Some(block) => q.results.cache.settle(block, op.shard),
                 // A device comm's own.

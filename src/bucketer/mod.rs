@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use self::plan::Plan;
+pub use self::plan::Plan;
 pub use self::queue::Pending;
 use self::queue::Queue;
 pub use self::stats::Counters;
@@ -109,27 +109,25 @@ impl<C: Copy + Send> Bucketer<C> {
     }
 
     /// Refuses a call that an allocator function makes while this bucketer waits for it.
-    #[inline]
+    #[inline(always)]
     pub fn refuse_inner_call(&self) -> Result<()> {
         if self.queue.is_held_by(thread::this()) {
-            let text = "bucketer: called by its own allocator; expected no call while it allocates";
-            return Err(Error::new(Status::Reentrant, text));
+            return Err(inner_call());
         }
         Ok(())
     }
 
     /// Whether this thread is inside a call of this bucketer, that is: in a callback.
+    #[inline]
     pub fn is_running_here(&self) -> bool {
         self.turn.is_held_by(thread::this())
     }
 
+    #[inline]
     fn refuse_reentry(&self, what: &str) -> Result<()> {
         self.refuse_inner_call()?;
         if self.is_running_here() {
-            let text = format!(
-                "{what}: called by a callback of the same bucketer; expected it after the callback"
-            );
-            return Err(Error::new(Status::Reentrant, text));
+            return Err(reentry(what));
         }
         Ok(())
     }
@@ -140,60 +138,59 @@ impl<C: Copy + Send> Bucketer<C> {
         (&self.counters, now, peak)
     }
 
+    /// Begins a call: what one of the functions below has planned.
+    #[inline(always)]
+    pub fn turn<'a>(&'a self, plan: Plan<'a, C>) -> Turn<'a, C> {
+        Turn::new(self, plan)
+    }
+
     /// Takes an op. The turn runs the callbacks that are due, and ends with the ticket.
     ///
     /// # Safety
     /// The pointers of `ask` are as the contract's rule 6 says.
-    pub unsafe fn submit<'a>(&'a self, comm: &'a Arc<Endpoint>, ask: &'a Ask<C>) -> Turn<'a, C> {
-        Turn::new(
-            self,
-            Plan::Submit {
-                comm,
-                ask,
-                ticket: 0,
-            },
-        )
+    pub unsafe fn submit<'a>(comm: &'a Arc<Endpoint>, ask: &'a Ask<C>) -> Plan<'a, C> {
+        Plan::Submit {
+            comm,
+            ask,
+            ticket: 0,
+        }
     }
 
     /// Starts the communication of all open buckets.
-    pub fn launch(&self) -> Result<Turn<'_, C>> {
+    pub fn launch(&self) -> Result<Plan<'static, C>> {
         self.refuse_reentry("launch")?;
         self.refuse_captures()?;
-        Ok(Turn::new(self, Plan::launch(CallKind::Launch)))
+        Ok(Plan::launch(CallKind::Launch))
     }
 
     /// Launches, completes and hands back everything.
-    pub fn flush(&self) -> Result<Turn<'_, C>> {
+    pub fn flush(&self) -> Result<Plan<'static, C>> {
         self.refuse_reentry("flush")?;
         self.refuse_captures()?;
-        Ok(Turn::new(self, Plan::launch(CallKind::Flush)))
+        Ok(Plan::launch(CallKind::Flush))
     }
 
     /// Hands back what is complete, without waiting for peers.
-    pub fn poll(&self) -> Result<Turn<'_, C>> {
+    pub fn poll(&self) -> Result<Plan<'static, C>> {
         self.refuse_reentry("poll")?;
-        Ok(Turn::new(self, Plan::Poll { looked: false }))
+        Ok(Plan::Poll { looked: false })
     }
 
     /// Hands back everything up to the op of `ticket`. `timeout`: none waits for the comm's own.
-    pub fn wait(&self, ticket: u64, timeout: Option<Duration>) -> Result<Turn<'_, C>> {
+    pub fn wait(&self, ticket: u64, timeout: Option<Duration>) -> Result<Plan<'static, C>> {
         self.refuse_reentry("wait")?;
         self.refuse_captures()?;
-        let limit = timeout.and_then(|t| Instant::now().checked_add(t));
-        Ok(Turn::new(
-            self,
-            Plan::Wait {
-                ticket,
-                limit,
-                found: None,
-            },
-        ))
+        Ok(Plan::Wait {
+            ticket,
+            limit: timeout.and_then(|t| Instant::now().checked_add(t)),
+            found: None,
+        })
     }
 
     /// Completes what is launched, cancels the rest, hands all of it back; then nothing is left.
-    pub fn close(&self) -> Result<Turn<'_, C>> {
+    pub fn close(&self) -> Result<Plan<'static, C>> {
         self.refuse_reentry("free")?;
-        Ok(Turn::new(self, Plan::Close))
+        Ok(Plan::Close)
     }
 
     /// A bug of ours was caught in a call: no peer must wait for this rank.
@@ -225,6 +222,20 @@ impl<C: Copy + Send> Bucketer<C> {
         }
         Ok(())
     }
+}
+
+#[cold]
+fn inner_call() -> Error {
+    let text = "bucketer: called by its own allocator; expected no call while it allocates";
+    Error::new(Status::Reentrant, text)
+}
+
+#[cold]
+fn reentry(what: &str) -> Error {
+    let text = format!(
+        "{what}: called by a callback of the same bucketer; expected it after the callback"
+    );
+    Error::new(Status::Reentrant, text)
 }
 
 /// Whether ranks may differ after such an error, so that the comm is at its end.

@@ -14,26 +14,38 @@ use crate::lane::Endpoint;
 
 /// What a call still has to do.
 pub enum Plan<'a, C> {
-    /// Take an op; `ticket` once it is accepted.
+    /// Take an op.
     Submit {
+        /// Where it goes.
         comm: &'a Arc<Endpoint>,
+        /// The op.
         ask: &'a Ask<C>,
+        /// Its ticket, once it is accepted; 0 before.
         ticket: u64,
     },
-    /// Launch what was open when the call began (`limit`, once announced); a flush drains then.
+    /// Launch what was open when the call began; a flush drains then.
     Launch {
+        /// Which of the two.
         kind: CallKind,
+        /// Buckets before this one were open, once that is announced.
         limit: Option<u64>,
+        /// How the launches went.
         result: Result<()>,
     },
     /// Hand back everything that is launched.
     Drain,
     /// Hand back what is complete.
-    Poll { looked: bool },
+    Poll {
+        /// Whether peers' progress was looked at.
+        looked: bool,
+    },
     /// Hand back everything up to one op.
     Wait {
+        /// That op.
         ticket: u64,
+        /// The caller's own time.
         limit: Option<Instant>,
+        /// Its comm, lane and number there.
         found: Option<(u64, u32, u64)>,
     },
     /// Hand back everything, cancelling what is not launched.

@@ -6,6 +6,7 @@ use std::ffi::c_void;
 use std::sync::{Arc, Weak};
 
 use super::hand::Hand;
+use super::stats::Stopwatch;
 use crate::dtype::{DType, Op};
 use crate::error::{Error, Result, Status};
 use crate::lane::work::Work;
@@ -40,7 +41,7 @@ pub struct Pending<C> {
 }
 
 /// The ops that go together.
-pub type Ops<C> = VecDeque<Pending<C>>;
+pub type Ops<C> = Vec<Pending<C>>;
 
 /// An open bucket.
 pub struct Open<C> {
@@ -133,6 +134,7 @@ pub struct Queue<C> {
     pub first_failure: Option<Arc<Error>>,
     pub results: Results,
     pub closing: bool,
+    pub stopwatch: Stopwatch,
     spare: Vec<Ops<C>>,
 }
 
@@ -203,6 +205,7 @@ impl<C> Queue<C> {
                 reserved: None,
             },
             closing: false,
+            stopwatch: Stopwatch::default(),
             spare: Vec::new(),
         }
     }

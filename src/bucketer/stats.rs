@@ -1,6 +1,7 @@
 //! What a bucketer has done, in numbers that any thread may read while it works.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use crate::lane::work::Meter;
 
@@ -26,6 +27,44 @@ impl Counter {
     #[inline]
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Times callbacks. Two looks at a clock cost more than a quick callback, so after some quick ones in a row
+/// one in [`SAMPLE`] counts for all, until one is not quick.
+#[derive(Default)]
+pub struct Stopwatch {
+    start: Option<Instant>,
+    /// Quick ones in a row.
+    quick: u64,
+}
+
+/// Quick ones in a row before not all of them are timed, and how many one counts for then.
+const MANY: u64 = 16;
+const SAMPLE: u64 = 16;
+/// What is quick.
+const QUICK: u64 = 2000;
+
+impl Stopwatch {
+    /// Callbacks begin.
+    #[inline]
+    pub fn begin(&mut self) {
+        if self.quick < MANY || self.quick.is_multiple_of(SAMPLE) {
+            self.start = Some(Instant::now());
+        } else {
+            self.quick += 1;
+        }
+    }
+
+    /// They are over, if any had begun: nanoseconds to count for them.
+    #[inline]
+    pub fn end(&mut self) -> u64 {
+        self.start.take().map_or(0, |start| {
+            let spent = start.elapsed().as_nanos() as u64;
+            let times = if self.quick < MANY { 1 } else { SAMPLE };
+            self.quick = if spent < QUICK { self.quick + 1 } else { 0 };
+            spent * times
+        })
     }
 }
 
@@ -61,5 +100,37 @@ impl Counters {
         self.copied_bytes.add(meter.copied);
         self.wait_ns.add(meter.wait_ns);
         self.reduce_ns.add(meter.reduce_ns);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn slow_callbacks_are_all_timed_and_quick_ones_now_and_then() {
+        let mut watch = Stopwatch::default();
+        assert_eq!(watch.end(), 0, "none had begun");
+        let timed = |watch: &mut Stopwatch| {
+            watch.begin();
+            let timed = watch.start.is_some();
+            watch.end();
+            timed
+        };
+        // A machine may be slow now and then: what counts is the longest row of quick ones.
+        let all = (0..100_000).filter(|_| timed(&mut watch)).count();
+        assert!(all >= 100_000 / SAMPLE as usize && all < 100_000, "{all}");
+        let slow = |watch: &mut Stopwatch| {
+            watch.begin();
+            let timed = watch.start.is_some();
+            std::thread::sleep(Duration::from_micros(10));
+            (timed, watch.end())
+        };
+        while !slow(&mut watch).0 {}
+        for _ in 0..20 {
+            let (timed, spent) = slow(&mut watch);
+            assert!(timed && spent >= 10_000);
+        }
     }
 }

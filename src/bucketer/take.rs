@@ -191,7 +191,7 @@ impl<C: Copy + Send> Bucketer<C> {
         lane.taken += 1;
         if let Some(open) = &mut lane.open {
             open.used += work.numel;
-            open.ops.push_back(self.pending(ticket, rank, ask, block));
+            open.ops.push(self.pending(ticket, rank, ask, block));
         }
         Ok(ticket)
     }
@@ -314,7 +314,7 @@ impl<C: Copy + Send> Bucketer<C> {
         self.counters.collectives_launched.add(1);
         self.measure(q, comm);
         let mut ops = q.list();
-        ops.push_back(self.pending(ticket, comm.rank(), ask, block));
+        ops.push(self.pending(ticket, comm.rank(), ask, block));
         let flight = Flight {
             comm: comm.clone(),
             lane: 0,

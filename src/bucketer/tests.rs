@@ -103,6 +103,19 @@ struct Sent {
     back: usize,
 }
 
+/// An op that is checked already.
+struct Given(Ask<usize>);
+
+impl Asks<usize> for Given {
+    fn plain(&self, _: u32) -> Option<Ask<usize>> {
+        Some(self.0)
+    }
+
+    fn check(&self, _: &Endpoint) -> Result<Ask<usize>> {
+        Ok(self.0)
+    }
+}
+
 struct Rank<'a> {
     comm: Arc<Endpoint>,
     bucketer: &'a Bucketer<usize>,
@@ -174,7 +187,7 @@ impl Rank<'_> {
             },
         );
         // SAFETY: the rows are readable, the output and lent rows are kept in `sent`.
-        let fitting = unsafe { self.bucketer.submit_fitting(self.comm.id(), |_| Ok(ask)) };
+        let fitting = unsafe { self.bucketer.submit_fitting(self.comm.id(), &Given(ask)) };
         match fitting {
             Some(Ok(ticket)) => return self.tickets[op] = ticket,
             Some(Err(e)) => return self.trouble.push(format!("submit {op}: {e}")),
@@ -182,14 +195,16 @@ impl Rank<'_> {
         }
         let comm = self.comm.clone();
         // SAFETY: as above.
-        let turn = unsafe { self.bucketer.submit(&comm, &ask) };
-        match self.drive(turn) {
+        let plan = unsafe { Bucketer::submit(&comm, &ask) };
+        match self.drive(plan) {
             Ok(ticket) => self.tickets[op] = ticket,
             Err(e) => self.trouble.push(format!("submit {op}: {e}")),
         }
     }
 
-    fn drive(&mut self, mut turn: Turn<'_, usize>) -> Result<u64> {
+    fn drive(&mut self, plan: Plan<'_, usize>) -> Result<u64> {
+        let bucketer = self.bucketer;
+        let mut turn = bucketer.turn(plan);
         loop {
             while let Some(done) = turn.hand_back() {
                 self.check(&done);
@@ -246,14 +261,14 @@ impl Rank<'_> {
     fn step(&mut self, step: &Step) {
         let said = match step {
             Step::Submit(shape) => return self.submit(shape),
-            Step::Launch => self.bucketer.launch().and_then(|t| self.drive(t)),
-            Step::Flush => self.bucketer.flush().and_then(|t| self.drive(t)),
-            Step::Poll => self.bucketer.poll().and_then(|t| self.drive(t)),
+            Step::Launch => self.bucketer.launch().and_then(|p| self.drive(p)),
+            Step::Flush => self.bucketer.flush().and_then(|p| self.drive(p)),
+            Step::Poll => self.bucketer.poll().and_then(|p| self.drive(p)),
             Step::Wait(ago) => {
                 let Some(&ticket) = self.tickets.iter().rev().nth(*ago) else {
                     return;
                 };
-                let waited = self.bucketer.wait(ticket, None).and_then(|t| self.drive(t));
+                let waited = self.bucketer.wait(ticket, None).and_then(|p| self.drive(p));
                 match waited {
                     Err(e) if e.status == Status::NotLaunched => return,
                     other => other,

@@ -5,7 +5,6 @@
 //! dropping the turn settles what was handed back; everything else is in the queue again.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use super::hand::Hand;
 use super::plan::{Plan, Step};
@@ -30,7 +29,8 @@ pub struct Turn<'a, C: Copy + Send> {
     pub(super) batch: Hand<C>,
     /// What a callback did at once: it comes right after that callback.
     pub(super) due: Hand<C>,
-    since: Option<Instant>,
+    /// Whether callbacks are being timed.
+    timing: bool,
     count: u64,
 }
 
@@ -47,7 +47,7 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             guard: None,
             batch: Hand::empty(),
             due: Hand::empty(),
-            since: None,
+            timing: false,
             count: 0,
             plan,
         };
@@ -90,9 +90,8 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
     pub unsafe fn look(&mut self) -> bool {
         let bucketer = self.bucketer;
         let mut q = bucketer.lock();
-        if let Some(start) = self.since.take() {
-            let spent = start.elapsed().as_nanos() as u64;
-            bucketer.counters.callback_ns.add(spent);
+        if std::mem::take(&mut self.timing) {
+            bucketer.counters.callback_ns.add(q.stopwatch.end());
         }
         self.settle_memory(&mut q);
         let mut first = self.first(&mut q);
@@ -104,8 +103,10 @@ impl<'a, C: Copy + Send> Turn<'a, C> {
             };
             match step {
                 Step::Batch => {
-                    drop(q);
-                    self.since = Some(Instant::now());
+                    self.timing = !self.nested;
+                    if self.timing {
+                        q.stopwatch.begin();
+                    }
                     return true;
                 }
                 Step::Done => return false,

@@ -10,7 +10,7 @@ use super::comm::{comm_of, is_live, poison_after_panic};
 use super::read::{given, structure};
 use super::submit::{check, Asked, Callback};
 use super::{answer, fill, guarded, hook_panics, look_up, too_many};
-use crate::bucketer::{Bucketer, Completion, Turn, DEFAULT_BUCKET};
+use crate::bucketer::{Bucketer, Completion, Plan, Turn, DEFAULT_BUCKET};
 use crate::error::{invalid, unsupported, Error, Result, Status};
 use crate::ffi::{
     rsb_allocator, rsb_bucketer, rsb_comm, rsb_config, rsb_error, rsb_result, rsb_shard, rsb_stats,
@@ -227,17 +227,17 @@ impl Drop for Running<'_> {
     }
 }
 
-/// Runs a turn to its end; how many ops were handed back.
+/// Runs a call to its end; how many ops were handed back.
 ///
 /// # Safety
 /// The pointers that the call was given are as rule 6 says; `out_ticket` is NULL or may be written.
 unsafe fn drive(
     bucketer: &Bucketer<Callback>,
-    turn: Turn<'_, Callback>,
+    plan: Plan<'_, Callback>,
     out_ticket: *mut rsb_ticket,
 ) -> Result<u64> {
     let mut running = Running {
-        turn,
+        turn: bucketer.turn(plan),
         out_ticket,
         over: false,
         process: fork::epoch(),
@@ -384,23 +384,26 @@ unsafe fn submit_any(
     });
     let submitted = ask.and_then(|ask| {
         // SAFETY: checked; the rest is rule 6.
-        unsafe { drive(&bucketer, bucketer.submit(&comm.arc(), &ask), out_ticket) }
+        unsafe { drive(&bucketer, Bucketer::submit(&comm.arc(), &ask), out_ticket) }
     });
     poison_after_panic(&comm, submitted).map(drop)
 }
 
-/// Opens a turn on a bucketer and runs it.
+/// Plans a call on a bucketer and runs it.
 ///
 /// # Safety
 /// The caller keeps the rules of the header.
 unsafe fn run(
     handle: *mut rsb_bucketer,
-    open: impl for<'a> FnOnce(&'a Bucketer<Callback>) -> Result<Turn<'a, Callback>>,
+    plan: impl FnOnce(&Bucketer<Callback>) -> Result<Plan<'static, Callback>>,
 ) -> Result<u64> {
-    let bucketer = guarded(|| bucketer_of(handle))?;
-    let turn = guarded(|| open(&bucketer))?;
+    let (bucketer, plan) = guarded(|| {
+        let bucketer = bucketer_of(handle)?;
+        let plan = plan(&bucketer)?;
+        Ok((bucketer, plan))
+    })?;
     // SAFETY: by the promise of this function.
-    unsafe { drive(&bucketer, turn, std::ptr::null_mut()) }
+    unsafe { drive(&bucketer, plan, std::ptr::null_mut()) }
 }
 
 pub unsafe fn bucketer_launch(bucketer: *mut rsb_bucketer, err: *mut rsb_error) -> rsb_status {
