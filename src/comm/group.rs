@@ -247,7 +247,9 @@ impl Group {
         made.saturating_sub(CALLS as u64 - 1)
     }
 
-    /// Publishes chunk `seq`, whose rows are complete, as [`Published`] tells of it.
+    /// Publishes chunk `seq`, whose rows are complete, as [`Published`] tells of it. Sleepers are to be woken
+    /// ([`Group::wake_sleepers`]) before this rank waits for anything.
+    #[inline(always)]
     pub fn publish(&self, seq: u64, chain: &Chain, place: Option<u64>) {
         let line = self.line_of(self.rank, seq);
         line.lo.store(chain.lo, Ordering::Relaxed);
@@ -256,7 +258,6 @@ impl Group {
         line.place
             .store(place.unwrap_or(NOWHERE), Ordering::Relaxed);
         line.ready.store(seq + 1, Ordering::Release);
-        self.wake_sleepers();
     }
 
     /// The stride from row to row if rows of `fill` bytes are small enough to lie in a line.
@@ -319,10 +320,10 @@ impl Group {
         fate
     }
 
-    /// Says that this rank has reduced all chunks before `count`.
+    /// Says that this rank has reduced all chunks before `count`. Sleepers are to be woken, as above.
+    #[inline(always)]
     pub fn set_consumed(&self, count: u64) {
         self.own_head().consumed.0.store(count, Ordering::Release);
-        self.wake_sleepers();
     }
 
     /// Chunks that `rank` will not read again: those it has reduced; all, once it has left.
@@ -427,7 +428,10 @@ impl Group {
         sleeping.store(0, Ordering::Relaxed);
     }
 
-    fn wake_sleepers(&self) {
+    /// Wakes the ranks that sleep for what this rank has stored. The fence waits until all of it has left
+    /// this core: once for several stores, and late, costs least.
+    #[inline(always)]
+    pub fn wake_sleepers(&self) {
         fence(Ordering::SeqCst);
         let asleep = |r: u32| self.head(r).sleeping.0.load(Ordering::Relaxed) != 0;
         if (0..self.size()).any(|r| r != self.rank && asleep(r)) {

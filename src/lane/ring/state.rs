@@ -131,6 +131,8 @@ pub struct State {
     awaited: u32,
     /// How far the slowest rank was when it was last waited for in vain, and how many chunks travelled.
     stuck: Option<(u64, usize)>,
+    /// Whether peers that sleep are still to be woken for what was stored.
+    untold: bool,
     /// The first cause, once all that was committed before it is reduced.
     pub failure: Option<Arc<Error>>,
 }
@@ -163,6 +165,7 @@ impl State {
             sources: Vec::new(),
             awaited: 0,
             stuck: None,
+            untold: false,
             failure: None,
         }
     }
@@ -310,7 +313,7 @@ impl State {
         self.closed.len() < lines
     }
 
-    /// Publishes a chunk; a line is free. Its number.
+    /// Publishes a chunk; a line is free. Its number. `progress` follows, before anybody waits.
     pub fn publish(&mut self, group: &Group, mut chunk: Chunk) -> u64 {
         let seq = self.next;
         let small = chunk.lane.is_some() && group.inline_stride(chunk.fill).is_some();
@@ -321,6 +324,11 @@ impl State {
             self.free.push(slot);
         }
         group.publish(seq, &self.chain, chunk.place());
+        self.untold = true;
+        if chunk.slot.is_some() {
+            // What is reduced next may take long.
+            self.tell(group);
+        }
         if let Some(id) = chunk.lane {
             self.lane(id).travelling += 1;
         }
@@ -328,6 +336,14 @@ impl State {
         self.closed.push_back(chunk);
         self.next += 1;
         seq
+    }
+
+    /// Wakes the peers that sleep for what this rank has stored.
+    #[inline]
+    fn tell(&mut self, group: &Group) {
+        if std::mem::take(&mut self.untold) {
+            group.wake_sleepers();
+        }
     }
 
     /// What this rank waits for when it waits: the first missing line, or the slowest reader.
@@ -362,7 +378,9 @@ impl State {
         }
         if self.reduced > before {
             group.set_consumed(self.reduced);
+            self.untold = true;
         }
+        self.tell(group);
     }
 
     fn step(&mut self, group: &Group, meter: &mut Meter) -> bool {
