@@ -263,7 +263,7 @@ impl<T: Send + Sync> Table<T> {
     }
 
     /// The object that `token` names, pinned.
-    #[inline]
+    #[inline(always)]
     pub fn get(&self, token: u64) -> Result<Pinned<'_, T>, Bad> {
         let pinned = self.get_inherited(token)?;
         if pinned.slot.epoch.load(Ordering::Relaxed) != fork::epoch() {
@@ -273,7 +273,7 @@ impl<T: Send + Sync> Table<T> {
     }
 
     /// As [`Table::get`], also what was made before this process was forked off.
-    #[inline]
+    #[inline(always)]
     pub fn get_inherited(&self, token: u64) -> Result<Pinned<'_, T>, Bad> {
         if token == 0 {
             return Err(Bad::Null);

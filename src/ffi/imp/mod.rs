@@ -81,21 +81,28 @@ fn fill(error: &Error) -> rsb_error {
 ///
 /// # Safety
 /// `err` is NULL or may be written.
+#[inline(always)]
 unsafe fn answer(result: Result<()>, err: *mut rsb_error) -> rsb_status {
     match result {
         Ok(()) => Status::Ok.code(),
-        Err(e) => {
-            if !err.is_null() {
-                // SAFETY: by the promise of this function; any alignment.
-                unsafe { err.write_unaligned(fill(&e)) };
-            }
-            e.status.code()
-        }
+        // SAFETY: by the promise of this function.
+        Err(e) => unsafe { refuse(&e, err) },
     }
 }
 
+/// # Safety
+/// As for `answer`.
+#[cold]
+unsafe fn refuse(e: &Error, err: *mut rsb_error) -> rsb_status {
+    if !err.is_null() {
+        // SAFETY: by the promise of this function; any alignment.
+        unsafe { err.write_unaligned(fill(e)) };
+    }
+    e.status.code()
+}
+
 /// The object of a handle, or why there is none.
-#[inline]
+#[inline(always)]
 fn look_up<'a, T: Send + Sync>(
     table: &'a Table<T>,
     token: u64,

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use self::state::{Chunk, Content, Piece, State};
+use self::state::{Content, Piece, State};
 use self::wait::Limit;
 use super::work::{Meter, Waited, Work};
 use super::LaneId;
@@ -135,21 +135,34 @@ impl Ring {
         }
     }
 
-    /// Adds an op to the open chunk of its lane, which does not fill up by it. False: it is not so.
+    /// Adds an op to the open chunk of its lane, or to one that is opened in memory used before; it does not
+    /// fill up by it. False: it is not so.
     ///
     /// # Safety
     /// As for `submit`.
     #[inline(always)]
     unsafe fn add(&self, st: &mut State, id: LaneId, work: &Work, meter: &mut Meter) -> bool {
         let (bytes, element) = (work.bytes(), work.dtype.size());
-        let place = st.lane(id).open.as_ref().and_then(|chunk| {
-            let at = aligned(chunk.fill, bytes);
-            let spare = at + bytes + element <= self.group.layout().geometry.row_bytes;
-            Some((chunk.slot.filter(|_| spare && bytes > 0)?, at))
-        });
-        let Some((slot, at)) = place else {
+        let room = self.group.layout().geometry.row_bytes;
+        if bytes == 0 {
+            // It takes no memory: whether a chunk has some must be the same on all ranks.
             return false;
+        }
+        let lane = st.lane(id);
+        let (slot, at) = match &lane.open {
+            Some(chunk) => match chunk.slot {
+                Some(slot) => (slot, aligned(chunk.fill, bytes)),
+                None => return false,
+            },
+            None if bytes + element <= room => match self.open_warm(st, id) {
+                Some(slot) => (slot, 0),
+                None => return false,
+            },
+            None => return false,
         };
+        if at + bytes + element > room {
+            return false;
+        }
         self.accept(st, &work.call());
         // SAFETY: by the promise of this function; the row has room.
         let piece = unsafe { self.stage(work, slot, at, 0, work.numel, work.borrow, meter) };
@@ -163,6 +176,17 @@ impl Ring {
             }
         }
         true
+    }
+
+    /// Opens a chunk for a lane in memory that is free and was used before, if that takes nothing else.
+    #[inline]
+    fn open_warm(&self, st: &mut State, id: LaneId) -> Option<u32> {
+        if st.open.len() >= self.group.layout().geometry.chunks / 2 {
+            return None;
+        }
+        let slot = st.warm_slot(&self.group)?;
+        st.open(id, Some(slot));
+        Some(slot)
     }
 
     /// Spreads an op over chunks, the lane's open one first; each is published when it is full.
@@ -311,22 +335,8 @@ impl Ring {
             };
             st = self.publish(st, oldest, meter)?;
         }
-        let pieces = st.pieces();
-        let lane = st.lane(id);
-        if lane.open.is_none() {
-            lane.open = Some(Chunk {
-                slot: None,
-                lane: Some(id),
-                ops_end: lane.staged,
-                fill: 0,
-                inline: false,
-                content: Content::Rows {
-                    dtype: lane.dtype,
-                    op: lane.op,
-                    pieces,
-                },
-            });
-            st.open.push_back(id);
+        if st.lane(id).open.is_none() {
+            st.open(id, None);
         }
         Ok(st)
     }

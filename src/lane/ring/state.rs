@@ -235,6 +235,25 @@ impl State {
         self.spare.pop().unwrap_or_else(|| Vec::with_capacity(64))
     }
 
+    /// Opens a chunk for a lane that has none.
+    pub fn open(&mut self, id: LaneId, slot: Option<u32>) {
+        let pieces = self.pieces();
+        let lane = self.lane(id);
+        lane.open = Some(Chunk {
+            slot,
+            lane: Some(id),
+            ops_end: lane.staged,
+            fill: 0,
+            inline: false,
+            content: Content::Rows {
+                dtype: lane.dtype,
+                op: lane.op,
+                pieces,
+            },
+        });
+        self.open.push_back(id);
+    }
+
     /// A free chunk of memory that was used before.
     pub fn warm_slot(&mut self, group: &Group) -> Option<u32> {
         if self.slotted > 0 {
@@ -314,27 +333,34 @@ impl State {
     }
 
     /// Publishes a chunk; a line is free. Its number. `progress` follows, before anybody waits.
-    pub fn publish(&mut self, group: &Group, mut chunk: Chunk) -> u64 {
+    #[inline(always)]
+    pub fn publish(&mut self, group: &Group, chunk: Chunk) -> u64 {
         let seq = self.next;
-        let small = chunk.lane.is_some() && group.inline_stride(chunk.fill).is_some();
-        if let Some(slot) = chunk.slot.filter(|_| small) {
-            group.put_inline(seq, slot, chunk.fill);
-            chunk.inline = true;
-            chunk.slot = None;
-            self.free.push(slot);
+        self.closed.push_back(chunk);
+        let Some(chunk) = self.closed.back_mut() else {
+            return seq;
+        };
+        let lane = chunk.lane;
+        if let (Some(_), Some(slot)) = (lane, chunk.slot) {
+            if group.inline_stride(chunk.fill).is_some() {
+                group.put_inline(seq, slot, chunk.fill);
+                chunk.inline = true;
+                chunk.slot = None;
+                self.free.push(slot);
+            }
         }
         group.publish(seq, &self.chain, chunk.place());
+        let slotted = chunk.slot.is_some();
+        self.slotted += usize::from(slotted);
+        self.next += 1;
+        if let Some(id) = lane {
+            self.lane(id).travelling += 1;
+        }
         self.untold = true;
-        if chunk.slot.is_some() {
+        if slotted {
             // What is reduced next may take long.
             self.tell(group);
         }
-        if let Some(id) = chunk.lane {
-            self.lane(id).travelling += 1;
-        }
-        self.slotted += usize::from(chunk.slot.is_some());
-        self.closed.push_back(chunk);
-        self.next += 1;
         seq
     }
 
