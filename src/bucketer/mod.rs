@@ -52,9 +52,9 @@ pub struct Ask<C> {
 
 /// An op that is not checked yet: what a submit has before it knows the comm.
 pub trait Asks<C> {
-    /// The op, if it is of the plainest kind, as most are, and nothing is wrong with it on a comm of `size`
-    /// ranks, but for how large it is.
-    fn plain(&self, size: u32) -> Option<Ask<C>>;
+    /// The op, if it is of a plain kind, as most are, and nothing is wrong with it for a rank of so many, but
+    /// for how large it is.
+    fn plain(&self, place: (u32, u32)) -> Option<Ask<C>>;
     /// The op, checked against its comm.
     fn check(&self, comm: &Endpoint) -> Result<Ask<C>>;
 }

@@ -254,7 +254,7 @@ impl<C: Copy + Send> Bucketer<C> {
         }
         let lane = &mut q.lanes[index];
         let open = lane.open.as_ref()?;
-        let mut ask = match asks.plain(open.comm.size()) {
+        let mut ask = match asks.plain((open.comm.rank(), open.comm.size())) {
             Some(ask) => ask,
             None => match asks.check(&open.comm) {
                 Ok(ask) => ask,

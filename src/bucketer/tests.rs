@@ -107,7 +107,7 @@ struct Sent {
 struct Given(Ask<usize>);
 
 impl Asks<usize> for Given {
-    fn plain(&self, _: u32) -> Option<Ask<usize>> {
+    fn plain(&self, _: (u32, u32)) -> Option<Ask<usize>> {
         Some(self.0)
     }
 

@@ -41,22 +41,43 @@ impl<'a> Asked<'a> {
 
 impl Asks<Callback> for Asked<'_> {
     #[inline(always)]
-    fn plain(&self, size: u32) -> Option<Ask<Callback>> {
+    fn plain(&self, (rank, size): (u32, u32)) -> Option<Ask<Callback>> {
         let args = self.0;
         let (dtype, op) = (DType::from_code(args.dtype)?, Op::from_code(args.op)?);
+        let finish = Finish {
+            scale: 1.0,
+            output: match args.output_dtype {
+                0 => dtype,
+                code => DType::from_code(code)?,
+            },
+            accumulate: args.flags & RSB_SUBMIT_ACCUMULATE != 0,
+        };
         let pieces: *const *const u8 = args.inputs.cast();
-        let other = args.output_dtype != 0
-            || args.flags & !RSB_SUBMIT_BORROW != 0
+        let output: *mut u8 = args.output.cast();
+        let same = finish.output == dtype;
+        let other = args.flags & !(RSB_SUBMIT_BORROW | RSB_SUBMIT_ACCUMULATE) != 0
             || args.scale != 0.0
             || !args.flat_input.is_null()
-            || !args.output.is_null()
-            || !args.stream.is_null();
-        if other || args.numel == 0 || pieces.is_null() || (op == Op::Avg && !dtype.is_float()) {
+            || !args.stream.is_null()
+            || args.numel == 0
+            || pieces.is_null();
+        let floats = dtype.is_float() && finish.output.is_float();
+        if other
+            || (op == Op::Avg && !dtype.is_float())
+            || (!same && !floats)
+            || (finish.accumulate && output.is_null())
+        {
             return None;
         }
-        for i in 0..size as usize {
+        let bytes = args.numel.checked_mul(dtype.size())?;
+        let result = args.numel.checked_mul(finish.output.size())?;
+        for i in 0..size {
             // SAFETY: there is a pointer for every rank, by the promise of `new`.
-            if unsafe { *pieces.add(i) }.is_null() {
+            let piece = unsafe { *pieces.add(i as usize) };
+            let own = same && i == rank && output.cast_const() == piece;
+            if piece.is_null()
+                || (!output.is_null() && !own && overlap(output, result, piece, bytes))
+            {
                 return None;
             }
         }
@@ -66,10 +87,10 @@ impl Asks<Callback> for Asked<'_> {
             numel: args.numel,
             dtype,
             op,
-            finish: Finish::plain(dtype),
-            output: std::ptr::null_mut(),
+            finish,
+            output,
             output_is_ours: false,
-            borrow: args.flags != 0,
+            borrow: args.flags & RSB_SUBMIT_BORROW != 0,
             tag: args.tag,
             stream: std::ptr::null_mut(),
             bucketer: (0, 0),
@@ -81,7 +102,6 @@ impl Asks<Callback> for Asked<'_> {
         Some(Ask { work, payload })
     }
 
-    #[cold]
     #[inline(never)]
     fn check(&self, comm: &Endpoint) -> Result<Ask<Callback>> {
         // SAFETY: by the promise of `new`.
