@@ -267,8 +267,8 @@ impl<C: Copy + Send> Bucketer<C> {
         let same = lane.dtype == ask.work.dtype && lane.op == ask.work.op;
         let fits = same && ask.work.numel < capacity - open.used;
         // SAFETY: by the promise of this function.
-        let taken = fits
-            .then(|| unsafe { self.gather(lane, &mut q.results, &mut q.tickets, &mut ask) });
+        let taken =
+            fits.then(|| unsafe { self.gather(lane, &mut q.results, &mut q.tickets, &mut ask) });
         if opens {
             q.opened(index);
         }

@@ -46,6 +46,8 @@ fn take_place<T>(lanes: &mut Vec<Option<T>>, lane: T) -> LaneId {
     id as LaneId
 }
 
+// One lies in every comm, on the heap: a box of its own would be one more step for every op.
+#[allow(clippy::large_enum_variant)]
 enum Lanes {
     Ring(Ring, Origin),
     Buckets(Buckets),

@@ -5,6 +5,7 @@
 
 mod bucketer;
 mod comm;
+mod drive;
 mod engine;
 mod read;
 mod submit;

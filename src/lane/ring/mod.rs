@@ -10,6 +10,7 @@ mod desync;
 mod direct;
 #[cfg(any(loom, shuttle))]
 mod model;
+mod slots;
 mod state;
 mod wait;
 

@@ -14,7 +14,7 @@ use crate::comm::control::INLINE;
 use crate::comm::group::{Group, Stall};
 use crate::comm::word::Fate;
 use crate::dtype::{DType, Finish, Op};
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, Status};
 use crate::fingerprint::{Chain, Words};
 use crate::lane::work::{Meter, Work};
 use crate::lane::{take_place, LaneId};
@@ -116,11 +116,11 @@ pub struct State {
     /// Bucketers that have used this comm.
     pub ordinals: u32,
     /// Published chunks whose memory is not free yet, oldest first.
-    closed: VecDeque<Chunk>,
+    pub(super) closed: VecDeque<Chunk>,
     /// How many of them have memory.
-    slotted: usize,
-    free: Vec<u32>,
-    fresh: u32,
+    pub(super) slotted: usize,
+    pub(super) free: Vec<u32>,
+    pub(super) fresh: u32,
     /// Lanes with an open chunk, oldest first.
     pub open: VecDeque<LaneId>,
     pub lanes: Vec<Option<RingLane>>,
@@ -130,7 +130,7 @@ pub struct State {
     /// The rank whose line was missing last.
     awaited: u32,
     /// How far the slowest rank was when it was last waited for in vain, and how many chunks travelled.
-    stuck: Option<(u64, usize)>,
+    pub(super) stuck: Option<(u64, usize)>,
     /// Whether peers that sleep are still to be woken for what was stored.
     untold: bool,
     /// The first cause, once all that was committed before it is reduced.
@@ -140,9 +140,6 @@ pub struct State {
 // SAFETY: the pointers are to callers' memory that stays valid until the piece is reduced or
 // dropped (rule 6), and the ring's lock lets one thread at a time use them.
 unsafe impl Send for State {}
-
-/// Chunks that travel before a rank waits rather than take cold memory.
-const AHEAD: usize = 8;
 
 /// Chunks smaller than this are not timed: reading the clock would cost more than it tells.
 const TIMED: usize = 16 << 10;
@@ -168,11 +165,6 @@ impl State {
             untold: false,
             failure: None,
         }
-    }
-
-    /// Bytes of staging made real so far.
-    pub fn committed(&self, group: &Group) -> u64 {
-        u64::from(self.fresh) * group.layout().geometry.chunk_bytes as u64
     }
 
     #[inline]
@@ -254,82 +246,8 @@ impl State {
         self.open.push_back(id);
     }
 
-    /// A free chunk of memory that was used before.
-    pub fn warm_slot(&mut self, group: &Group) -> Option<u32> {
-        if self.slotted > 0 {
-            self.reclaim(group);
-        }
-        self.free.pop()
-    }
-
-    /// Whether this rank is so far ahead of its peers that it may as well let them run.
-    pub fn is_ahead(&self, group: &Group) -> bool {
-        let room = match self.stuck {
-            Some((slowest, slotted)) if slowest == group.slowest().1 => slotted,
-            _ => 0,
-        };
-        self.slotted >= room + AHEAD
-    }
-
-    /// Notes that the slowest rank stands still: it is waited for again once it has moved, or as many more
-    /// chunks travel.
-    pub fn note_stuck(&mut self, group: &Group) {
-        self.stuck = Some((group.slowest().1, self.slotted));
-    }
-
-    /// A free chunk of memory, used before or made real now. `Ok(None)`: one must be awaited.
-    pub fn slot(&mut self, group: &Group) -> Result<Option<u32>> {
-        if let Some(slot) = self.warm_slot(group) {
-            return Ok(Some(slot));
-        }
-        let travelling = self.slotted > 0;
-        if (self.fresh as usize) < group.layout().geometry.chunks {
-            match group.commit_chunk(self.fresh) {
-                Ok(()) => {
-                    self.fresh += 1;
-                    return Ok(Some(self.fresh - 1));
-                }
-                Err(e) if !travelling => return Err(e),
-                Err(_) => {}
-            }
-        } else if !travelling {
-            let text = "staging_bytes: every chunk is open in some lane; expected more staging";
-            return Err(Error::new(Status::NoMemory, text));
-        }
-        Ok(None)
-    }
-
-    /// Gives back a chunk of memory that was not used.
-    pub fn unslot(&mut self, slot: u32) {
-        self.free.push(slot);
-    }
-
-    fn first_closed(&self) -> u64 {
+    pub(super) fn first_closed(&self) -> u64 {
         self.next - self.closed.len() as u64
-    }
-
-    /// Takes back the memory of chunks that all ranks have reduced.
-    pub fn reclaim(&mut self, group: &Group) {
-        if self.closed.is_empty() {
-            return;
-        }
-        let done = group.slowest().1.min(self.reduced);
-        while self.first_closed() < done {
-            let Some(chunk) = self.closed.pop_front() else {
-                break;
-            };
-            self.slotted -= usize::from(chunk.slot.is_some());
-            self.free.extend(chunk.slot);
-        }
-    }
-
-    /// Whether a line is free for one more chunk.
-    pub fn has_line(&mut self, group: &Group) -> bool {
-        let lines = group.layout().lines;
-        if self.closed.len() >= lines {
-            self.reclaim(group);
-        }
-        self.closed.len() < lines
     }
 
     /// Publishes a chunk; a line is free. Its number. `progress` follows, before anybody waits.
