@@ -1038,7 +1038,8 @@ typedef struct rsb_stats {
   uint64_t wait_ns;
   /** Nanoseconds spent reducing. */
   uint64_t reduce_ns;
-  /** Nanoseconds spent in callbacks. */
+  /** Nanoseconds spent in callbacks; those that are quick for long are timed now and then, for all.
+   */
   uint64_t callback_ns;
   /** The largest committed staging of this rank, in bytes, of the comms that were used. */
   uint64_t staging_bytes_peak;

@@ -462,7 +462,7 @@ pub struct rsb_stats {
     pub wait_ns: u64,
     /// Nanoseconds spent reducing.
     pub reduce_ns: u64,
-    /// Nanoseconds spent in callbacks.
+    /// Nanoseconds spent in callbacks; those that are quick for long are timed now and then, for all.
     pub callback_ns: u64,
     /// The largest committed staging of this rank, in bytes, of the comms that were used.
     pub staging_bytes_peak: u64,
