@@ -21,6 +21,10 @@ pub enum Rows {
     },
 }
 
+/// Results of this many bytes and more are written past the caches: they do not fit there beside what else is
+/// done, and memory that is overwritten whole need not be read before.
+const PAST: usize = 4 << 20;
+
 /// One op, checked. Its pointers hold what the contract's rule 6 promises.
 #[derive(Clone, Copy, Debug)]
 pub struct Work {
@@ -55,6 +59,12 @@ impl Work {
     #[inline]
     pub fn bytes(&self) -> usize {
         self.numel * self.dtype.size()
+    }
+
+    /// Whether its result is too large to be found in a cache later.
+    #[inline]
+    pub fn is_past_caches(&self) -> bool {
+        self.numel * self.finish.output.size() >= PAST
     }
 
     /// Its place in the sequence, as ranks compare it.

@@ -31,6 +31,9 @@ pub struct Job<'a> {
     pub scale: f64,
     /// Whether the result is added to what `dst` holds.
     pub accumulate: bool,
+    /// Whether the result is too large for the caches, which it then does not pass: `dst` is not read to be
+    /// overwritten.
+    pub past: bool,
 }
 
 /// The type in which values are combined.
@@ -252,6 +255,21 @@ pub trait Level {
         }
     }
 
+    /// Writes a block past the caches, if there are instructions for it; seen by others only after
+    /// `settle_stores`.
+    ///
+    /// # Safety
+    /// `to` is writable and begins on a cache line, and this CPU must have the instructions of the level.
+    #[inline(always)]
+    unsafe fn store_past<T: Copy>(from: &T, to: *mut T) {
+        // SAFETY: by the promise of this function.
+        unsafe { to.write_unaligned(*from) };
+    }
+
+    /// The end of stores past the caches.
+    #[inline(always)]
+    fn settle_stores() {}
+
     /// Fetches the cache line of `at`, which may be anywhere, if there is an instruction for it.
     #[inline(always)]
     fn prefetch(_at: *const u8) {}
@@ -272,85 +290,6 @@ impl Level for Portable {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::*;
-    use std::arch::x86_64::*;
-
-    macro_rules! level {
-        ($(#[$doc:meta])* $name:ident, $features:literal, $lanes:literal,
-         $from:ident, $into:ident, $widen:expr, $narrow:expr) => {
-            $(#[$doc])*
-            pub struct $name;
-
-            impl Level for $name {
-                #[target_feature(enable = $features)]
-                unsafe fn kernel<In, Out, A, const SUM: bool, const B: usize>(job: &Job)
-                where
-                    In: Element<A>,
-                    Out: Element<A>,
-                    A: Accumulator,
-                {
-                    // SAFETY: passed on.
-                    unsafe { run::<$name, In, Out, A, SUM, B>(job) }
-                }
-
-                #[inline(always)]
-                fn prefetch(at: *const u8) {
-                    // SAFETY: a hint, which never faults; every CPU of this target has it.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
-                }
-
-                #[inline(always)]
-                unsafe fn widen<const B: usize>(from: *const F16, into: &mut [f32; B]) {
-                    const { assert!(B % $lanes == 0) };
-                    for j in 0..B / $lanes {
-                        // SAFETY: `(j + 1) * lanes <= B`; the caller answers for the CPU.
-                        unsafe {
-                            let $from = from.add(j * $lanes);
-                            let $into = into.as_mut_ptr().add(j * $lanes);
-                            $widen;
-                        }
-                    }
-                }
-
-                #[inline(always)]
-                unsafe fn narrow<const B: usize>(from: &[f32; B], into: &mut [F16; B]) {
-                    const { assert!(B % $lanes == 0) };
-                    let mut quiet = *from;
-                    for value in &mut quiet {
-                        *value = quiet_f32(*value);
-                    }
-                    for j in 0..B / $lanes {
-                        // SAFETY: `(j + 1) * lanes <= B`; the caller answers for the CPU.
-                        unsafe {
-                            let $from = quiet.as_ptr().add(j * $lanes);
-                            let $into = into.as_mut_ptr().add(j * $lanes);
-                            $narrow;
-                        }
-                    }
-                }
-            }
-        };
-    }
-
-    level!(
-        /// 256-bit vectors and the conversions of binary16.
-        Avx2, "avx2,f16c", 8, from, into,
-        _mm256_storeu_ps(into, _mm256_cvtph_ps(_mm_loadu_si128(from.cast()))),
-        _mm_storeu_si128(into.cast(), _mm256_cvtps_ph::<0>(_mm256_loadu_ps(from)))
-    );
-    level!(
-        /// 512-bit vectors.
-        Avx512, "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl", 16, from, into,
-        _mm512_storeu_ps(into, _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))),
-        _mm256_storeu_si256(into.cast(), _mm512_cvtps_ph::<0>(_mm512_loadu_ps(from)))
-    );
-}
-
 /// A last block of fewer elements than this is worked off one by one: padding it would cost more.
 const FEW: usize = 8;
 
@@ -365,7 +304,7 @@ const AHEAD: usize = 2048;
 /// The job's pointers and count must be good for `In` and `Out` as `reduce` asks, `SUM` must be right,
 /// and this CPU must have the instructions of `L`.
 #[inline(always)]
-unsafe fn run<L, In, Out, A, const SUM: bool, const B: usize>(job: &Job)
+pub(super) unsafe fn run<L, In, Out, A, const SUM: bool, const B: usize>(job: &Job)
 where
     L: Level,
     In: Element<A>,
@@ -385,6 +324,9 @@ where
             }
         }
         done += B;
+    }
+    if job.past {
+        L::settle_stores();
     }
     let left = job.count - done;
     if left >= FEW {
@@ -446,7 +388,7 @@ unsafe fn block<L, In, Out, A, const SUM: bool, const PLAIN: bool, const B: usiz
         combine(&mut acc, &held, A::sum);
     }
     // SAFETY: as above.
-    unsafe { store::<L, Out, A, B>(&acc, out, len) };
+    unsafe { store::<L, Out, A, B>(&acc, out, len, job.past) };
 }
 
 /// Combines two blocks into the first.
@@ -482,12 +424,14 @@ unsafe fn load<L: Level, E: Element<A>, A: Accumulator, const B: usize>(
 /// Narrows a block into `len` elements, at most `B`.
 ///
 /// # Safety
-/// `into` must be writable for `len` elements, and this CPU must have the instructions of `L`.
+/// `into` must be writable for `len` elements, and this CPU must have the instructions of `L`. `past`: see
+/// [`Job`].
 #[inline(always)]
 unsafe fn store<L: Level, E: Element<A>, A: Accumulator, const B: usize>(
     from: &[A; B],
     into: *mut E,
     len: usize,
+    past: bool,
 ) {
     let mut block = [E::ZERO; B];
     // SAFETY: passed on.
@@ -499,6 +443,9 @@ unsafe fn store<L: Level, E: Element<A>, A: Accumulator, const B: usize>(
             into.cast::<u8>()
                 .copy_from(cut.as_ptr().cast(), len * size_of::<E>())
         };
+    } else if past && (into as usize).is_multiple_of(64) {
+        // SAFETY: all `B` can be written, and begin on a cache line.
+        unsafe { L::store_past(&block, into.cast::<[E; B]>()) };
     } else {
         // SAFETY: all `B` can be written.
         unsafe { into.cast::<[E; B]>().write_unaligned(block) };

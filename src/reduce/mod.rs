@@ -8,6 +8,8 @@ mod float;
 mod kernel;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use crate::dtype::{DType, Finish, Op};
 use float::{Bf16, FloatEnv, F16};
@@ -15,7 +17,7 @@ use kernel::{Job, Kernel, Level, Portable};
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 #[cfg(target_arch = "x86_64")]
-use kernel::{Avx2, Avx512};
+use x86::{Avx2, Avx512};
 
 /// Finds the kernel of one instruction set for (input, operation, output).
 pub type Table = fn(DType, Op, DType) -> Option<Kernel>;
@@ -28,6 +30,7 @@ pub struct Reduction {
     op: Op,
     divisor: f64,
     factor: f64,
+    past: bool,
     /// The kernel that was used last, and its output type.
     kernel: Option<(DType, Kernel)>,
     _env: FloatEnv,
@@ -57,9 +60,16 @@ impl Reduction {
             op,
             divisor,
             factor,
+            past: false,
             kernel: None,
             _env: FloatEnv::enter(),
         }
+    }
+
+    /// Whether the next results are parts of one that is too large for the caches: it is written past them.
+    #[inline]
+    pub fn write_past(&mut self, yes: bool) {
+        self.past = yes;
     }
 
     /// Combines rows in the order in which they are given and writes the finished result.
@@ -97,6 +107,7 @@ impl Reduction {
             factor: self.factor,
             scale: fin.scale,
             accumulate: fin.accumulate,
+            past: self.past && !fin.accumulate,
         };
         // SAFETY: passed on; the kernel is the one of these types, for this CPU.
         unsafe { kernel(&job) }

@@ -35,6 +35,7 @@ pub(super) unsafe fn carry_out(
                 if !piece.own.is_null() {
                     sources[rank] = piece.own;
                 }
+                reduction.write_past(piece.past);
                 // SAFETY: by the promise of this function; an output overlaps at most the own row,
                 // exactly (checked at submit).
                 unsafe { reduction.rows(sources, piece.count, &piece.finish, piece.output) };
@@ -69,6 +70,7 @@ unsafe fn reduce_lent(
 ) {
     let (_, valid) = work.place(group.rank());
     let mut reduction = Reduction::new(work.dtype, work.op, group.size());
+    reduction.write_past(work.is_past_caches());
     sources.clear();
     // SAFETY: by the promise of this function.
     sources.extend(

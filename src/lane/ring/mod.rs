@@ -318,6 +318,7 @@ impl Ring {
                 output: work.output.add(from * work.finish.output.size()),
                 own,
                 finish: work.finish,
+                past: work.is_past_caches(),
             }
         }
     }

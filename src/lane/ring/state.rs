@@ -31,6 +31,8 @@ pub struct Piece {
     pub own: *const u8,
     /// The op's last step.
     pub finish: Finish,
+    /// Whether the result is written past the caches.
+    pub past: bool,
 }
 
 /// What becomes of a chunk's bytes.

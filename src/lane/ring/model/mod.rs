@@ -188,6 +188,9 @@ impl Reduction {
         Reduction
     }
 
+    /// Caches are no part of the model.
+    pub fn write_past(&mut self, _yes: bool) {}
+
     /// As there.
     ///
     /// # Safety
@@ -284,6 +287,7 @@ fn live(ring: &Ring, ops: &[Ask]) -> Story {
                     output: place.wrapping_add(s.from).cast(),
                     own: std::ptr::null(),
                     finish: Finish::plain(DType::F64),
+                    past: false,
                 }],
             }
         };
