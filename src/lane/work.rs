@@ -61,10 +61,11 @@ impl Work {
         self.numel * self.dtype.size()
     }
 
-    /// Whether its result is too large to be found in a cache later.
+    /// Whether its result is too large to be found in a cache later. One of another type than the input is
+    /// mostly a sum that the next op adds to, and is read anyway.
     #[inline]
     pub fn is_past_caches(&self) -> bool {
-        self.numel * self.finish.output.size() >= PAST
+        self.finish.output == self.dtype && self.bytes() >= PAST
     }
 
     /// Its place in the sequence, as ranks compare it.
