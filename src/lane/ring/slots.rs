@@ -32,6 +32,11 @@ impl State {
         self.slotted >= room + AHEAD
     }
 
+    /// Whether it has waited for them in vain, and they have not caught up since.
+    pub fn is_far_ahead(&self) -> bool {
+        self.slotted > AHEAD
+    }
+
     /// Notes that the slowest rank stands still: it is waited for again once it has moved, or as many more
     /// chunks travel.
     pub fn note_stuck(&mut self, group: &Group) {

@@ -12,9 +12,11 @@ use crate::error::{Error, Result, Status};
 use crate::lane::work::Meter;
 
 /// How long a rank that is ahead waits in a submit for peers that stand still before it takes some more cold
-/// memory. Peers that share its core catch up meanwhile; others that keep step need less than this.
+/// memory. Those that keep step need less than this.
 const PATIENCE: Duration = Duration::from_micros(500);
-const CROWDED_PATIENCE: Duration = Duration::from_millis(5);
+/// The same where the peer may not run: it shares this rank's core, or was waited for in vain. It comes back when
+/// its next slice of time begins.
+const LONG_PATIENCE: Duration = Duration::from_millis(5);
 
 /// What ends a wait whose answer does not come.
 #[derive(Clone, Copy)]
@@ -41,7 +43,7 @@ impl Ring {
     pub(super) fn patience(&self) -> Option<Duration> {
         Some(match self.group.spin() {
             true => PATIENCE,
-            false => CROWDED_PATIENCE,
+            false => LONG_PATIENCE,
         })
     }
 
@@ -58,7 +60,11 @@ impl Ring {
             return Ok((st, slot));
         }
         if st.is_ahead(group) {
-            let limit = patience.map_or(Limit::Timeout, |time| Limit::Ours(Instant::now() + time));
+            let far = st.is_far_ahead();
+            let limit = patience.map_or(Limit::Timeout, |time| {
+                let time = if far { LONG_PATIENCE } else { time };
+                Limit::Ours(Instant::now() + time)
+            });
             // Nobody waits for memory that another thread has taken meanwhile.
             let warm = |st: &mut State| {
                 let slot = st.warm_slot(group);
