@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "group.h"
 
+#include <limits.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -10,7 +12,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #if defined(__x86_64__)
@@ -58,16 +62,41 @@ bench_group bench_group_make(const bench_options *opt, const bench_workload *wor
   return group;
 }
 
+/* Wakes the ranks that wait for this one, but may miss one that falls asleep just now: the barrier is a floor too, and
+   the fence that it would take is left out. */
+static void ring(const bench_group *group, bench_line *own) {
+  for (int rank = 0; rank < group->ranks; rank++) {
+    if (!atomic_load_explicit(&group->lines[rank].asleep, memory_order_relaxed)) continue;
+    atomic_fetch_add(&own->bell, 1);
+    syscall(SYS_futex, &own->bell, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    return;
+  }
+}
+
+/* Sleeps until `peer` has reached barrier `now`, or less. A core that is given away by a yield instead, to whoever wants
+   it, comes back up to 32 ms later. */
+static void nap(bench_line *own, bench_line *peer, uint64_t now) {
+  const struct timespec slice = {.tv_nsec = 500000};
+  uint32_t seen = atomic_load(&peer->bell);
+  atomic_store(&own->asleep, 1);
+  if (atomic_load(&peer->reached) < now) syscall(SYS_futex, &peer->bell, FUTEX_WAIT, seen, &slice, NULL, 0);
+  atomic_store(&own->asleep, 0);
+}
+
 void bench_barrier(bench_rank *me) {
   const bench_group *group = me->group;
+  bench_line *own = &group->lines[me->rank];
   uint64_t now = ++me->barriers;
-  atomic_store_explicit(&group->lines[me->rank].reached, now, memory_order_release);
+  atomic_store_explicit(&own->reached, now, memory_order_release);
+  if (group->spins) ring(group, own);
   for (int rank = 0, spun = 0; rank < group->ranks;) {
     if (atomic_load_explicit(&group->lines[rank].reached, memory_order_acquire) >= now) {
       rank++;
     } else if (spun < group->spins) {
       spun++;
       PAUSE();
+    } else if (group->spins) {
+      nap(own, &group->lines[rank], now);
     } else {
       sched_yield();
     }

@@ -7,9 +7,11 @@
 
 #include "bench.h"
 
-/* How many barriers a rank has reached: alone on its cache lines. */
+/* How many barriers a rank has reached, whether it sleeps, and what those sleep on who wait for it. */
 typedef struct {
   _Alignas(128) _Atomic uint64_t reached;
+  _Alignas(128) _Atomic uint32_t asleep;
+  _Atomic uint32_t bell;
 } bench_line;
 
 /* Notes of a workload, one a form of the library's calls, and how long each may be. */
@@ -19,7 +21,7 @@ enum { BENCH_NOTES = 6, BENCH_NOTE = 160 };
 typedef struct {
   int ranks;
   bool threads;
-  int spins;              /* of a wait before it yields; 0 where ranks outnumber cores */
+  int spins;              /* of a wait before it sleeps; 0 where ranks outnumber cores: it yields */
   size_t staging_stride;  /* bytes of a rank's staging: two slots of one piece of every row */
   char *staging;
   size_t input_stride;    /* processes: bytes of the copy of a rank's inputs that all can read; 0: no copies */

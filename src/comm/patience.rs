@@ -1,9 +1,11 @@
 //! How a rank waits: briefly spinning, then giving the core away, then asleep in short slices.
 //!
 //! With more ranks than cores a spinning rank keeps the very peer from running that it waits for,
-//! so there it yields at once. No wait depends on a wake-up alone: a slice ends after half a
+//! so there it yields at once. Strangers may want that core too: who yields to one gets it back a slice of time
+//! later, or eight, who sleeps as soon as the peer has come. No wait depends on a wake-up alone: a slice ends after half a
 //! millisecond, and the caller looks again (deaths, aborts, its deadline).
 
+use std::sync::atomic;
 use std::time::{Duration, Instant};
 
 #[cfg(any(loom, shuttle))]
@@ -16,11 +18,20 @@ const SPINS: u32 = 1000;
 /// The first of them, about a microsecond, in which nobody looks at a clock.
 const GLANCE: u32 = 32;
 const YIELD_FOR: Duration = Duration::from_millis(if MODEL { 0 } else { 1 });
+/// A core that was given away and comes back later than this was a stranger's: peers wait too, soon.
+const LATE: Duration = Duration::from_millis(2);
+/// How often in a row it came back late. Once may be a peer's long work.
+static TIMES_LATE: atomic::AtomicU32 = atomic::AtomicU32::new(0);
+/// How many waits to come in this process sleep where they would yield, once it was late twice.
+static NAPS_DUE: atomic::AtomicU32 = atomic::AtomicU32::new(0);
+/// So many wake-ups, of 25 microseconds, cost about what two such yields do, of 4 to 32 milliseconds.
+const NAPS: u32 = 1000;
 
 /// One wait: from its start, or from the last progress, to now.
 pub struct Patience {
     spin: bool,
     fresh: bool,
+    naps: bool,
     since: Option<Instant>,
 }
 
@@ -30,6 +41,7 @@ impl Patience {
         Patience {
             spin,
             fresh: true,
+            naps: false,
             since: None,
         }
     }
@@ -63,19 +75,41 @@ impl Patience {
             if self.spin && spin(SPINS, &ready) {
                 return;
             }
+            self.naps = nap_is_due();
         }
-        let since = *self.since.get_or_insert_with(Instant::now);
-        if since.elapsed() < YIELD_FOR {
+        let now = Instant::now();
+        let since = *self.since.get_or_insert(now);
+        if !self.naps && now.duration_since(since) < YIELD_FOR {
             for _ in 0..8 {
                 std::thread::yield_now();
                 if ready() {
-                    return;
+                    break;
                 }
             }
+            note_yields(now.elapsed());
         } else {
             sleep(SLICE);
         }
     }
+}
+
+/// Notes that some yields, one after the other, took `time`. Threads that come at once may lose a count: these are
+/// rough ones.
+fn note_yields(time: Duration) {
+    if time < LATE {
+        TIMES_LATE.store(0, atomic::Ordering::Relaxed);
+    } else if TIMES_LATE.fetch_add(1, atomic::Ordering::Relaxed) > 0 {
+        NAPS_DUE.store(NAPS, atomic::Ordering::Relaxed);
+    }
+}
+
+/// Takes one of the naps that are due.
+fn nap_is_due() -> bool {
+    let due = NAPS_DUE.load(atomic::Ordering::Relaxed);
+    if due > 0 {
+        NAPS_DUE.store(due - 1, atomic::Ordering::Relaxed);
+    }
+    due > 0
 }
 
 #[inline]
@@ -141,4 +175,34 @@ pub fn futex_wake(_word: &AtomicU32) {}
 pub fn ring(bell: &AtomicU32) {
     bell.fetch_add(1, Ordering::Release);
     futex_wake(bell);
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    /// Whether the first pause of a wait for nothing sleeps.
+    fn sleeps_at_once(spin: bool) -> bool {
+        let mut slept = false;
+        Patience::new(spin).pause(|| false, |_| slept = true);
+        slept
+    }
+
+    #[test]
+    fn once_the_core_came_back_late_twice_waits_sleep() {
+        // Other tests yield too, and may take a nap or clear the count in between.
+        let told = (0..1000).any(|_| {
+            note_yields(Duration::ZERO);
+            NAPS_DUE.store(0, atomic::Ordering::Relaxed);
+            note_yields(LATE);
+            let once = NAPS_DUE.load(atomic::Ordering::Relaxed);
+            note_yields(LATE);
+            once == 0 && NAPS_DUE.load(atomic::Ordering::Relaxed) > 0
+        });
+        assert!(told, "two late yields mean naps");
+        assert!(sleeps_at_once(true));
+        assert!(sleeps_at_once(false));
+        note_yields(Duration::ZERO);
+        NAPS_DUE.store(0, atomic::Ordering::Relaxed);
+    }
 }
