@@ -1,5 +1,6 @@
 """What bench/run, bench/curves and bench/check_cost share: building the programs, installing their peers, running them,
 and describing the machine."""
+import contextlib
 import json
 import os
 import re
@@ -97,6 +98,19 @@ def results_of(command, env=None):
         path = Path(scratch) / "result.json"
         call([*command, "--json", path], env=env)
         return json.loads(path.read_text())
+
+
+@contextlib.contextmanager
+def strangers():
+    """On each core a process that is always busy, as a trainer's data loaders are."""
+    body = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+    started = [subprocess.Popen([sys.executable, "-c", body, str(core)]) for core in sorted(os.sched_getaffinity(0))]
+    try:
+        yield
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
 
 
 def progress(text=""):
