@@ -32,6 +32,7 @@ pub mod layout;
 pub mod lock;
 pub mod log;
 pub mod memory;
+pub mod prefetch;
 pub mod reduce;
 pub mod sync;
 pub mod thread;

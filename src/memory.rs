@@ -6,12 +6,13 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
 
 use crate::error::{Error, Result, Status};
 use crate::fork;
 use crate::handle::{self, Bad, Segments};
+use crate::prefetch::prefetch;
 
 /// Every block and bucket starts on such a border.
 pub const ALIGN: usize = 64;
@@ -66,11 +67,15 @@ struct Usage {
 pub struct Pool {
     allocator: Box<dyn Allocator>,
     usage: Arc<Usage>,
-    /// Released by others than the bucketer, waiting to be used again.
-    returned: Mutex<Vec<u32>>,
-    /// Whether released memory goes back to the allocator at once.
-    lean: AtomicBool,
+    /// Blocks that others than the bucketer have released, waiting to be used again: the last one's index plus
+    /// one, and from slot to slot those before; or `LEAN`.
+    returned: AtomicU32,
 }
+
+/// No block: the end of the returned ones.
+const NONE: u32 = 0;
+/// Released memory goes back to the allocator at once.
+const LEAN: u32 = u32::MAX;
 
 impl Pool {
     /// An empty pool.
@@ -87,8 +92,7 @@ impl Pool {
         Arc::new(Pool {
             allocator,
             usage,
-            returned: Mutex::new(Vec::new()),
-            lean: AtomicBool::new(false),
+            returned: AtomicU32::new(NONE),
         })
     }
 
@@ -124,8 +128,33 @@ impl Pool {
         unsafe { self.allocator.free(ptr, bytes) }
     }
 
-    fn lock_returned(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
-        self.returned.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Takes back a block that its owner has released. The pool may be gone once it is done.
+    fn give_back(&self, index: u32) {
+        let mut seen = self.returned.load(Ordering::Relaxed);
+        while seen != LEAN {
+            slot(index).below.store(seen, Ordering::Relaxed);
+            let swap = self.returned.compare_exchange_weak(
+                seen,
+                index + 1,
+                Ordering::Release,
+                Ordering::Relaxed,
+            );
+            match swap {
+                Ok(_) => return,
+                Err(now) => seen = now,
+            }
+        }
+        free_block(index);
+    }
+
+    /// Takes all returned blocks; `next` is what releases find from here on.
+    fn take_returned(&self, next: u32) -> impl Iterator<Item = u32> {
+        let first = match self.returned.swap(next, Ordering::Acquire) {
+            LEAN => NONE,
+            first => first,
+        };
+        let below = |&index: &u32| slot(index).below.load(Ordering::Relaxed).checked_sub(1);
+        std::iter::successors(first.checked_sub(1), below)
     }
 }
 
@@ -183,6 +212,8 @@ struct Slot {
     state: AtomicU64,
     /// Of the process whose block it is.
     epoch: AtomicU32,
+    /// While it is among the returned ones: the one before it, plus one.
+    below: AtomicU32,
     place: UnsafeCell<Place>,
 }
 
@@ -230,6 +261,12 @@ impl Block {
     pub fn ptr(&self) -> *mut u8 {
         // SAFETY: a block stays allocated while its owner holds it: its place is readable.
         unsafe { (*self.slot.place.get()).ptr as *mut u8 }
+    }
+
+    /// Has its count brought near.
+    #[inline]
+    pub fn prefetch(&self) {
+        prefetch(std::ptr::from_ref(self.slot).cast(), 1);
     }
 
     /// Counts one reference, and names it.
@@ -305,15 +342,8 @@ pub fn release(token: u64) -> std::result::Result<(), Bad> {
     let (slot, generation, index) = named(token)?;
     if drop_one(slot, generation)? == 0 {
         // SAFETY: the count turned 0 here, so the block is ours, and its place is readable.
-        let pool = unsafe { (*slot.place.get()).pool.clone() };
-        if let Some(pool) = pool {
-            let mut returned = pool.lock_returned();
-            if pool.lean.load(Ordering::Relaxed) {
-                drop(returned);
-                free_block(index);
-            } else {
-                returned.push(index);
-            }
+        if let Some(pool) = unsafe { &(*slot.place.get()).pool } {
+            pool.give_back(index);
         }
     }
     Ok(())
@@ -343,7 +373,8 @@ fn class_of(bytes: usize) -> (usize, usize) {
 /// The idle blocks that a bucketer can use without a lock.
 pub struct Cache {
     pool: Arc<Pool>,
-    idle: Vec<Vec<Block>>,
+    /// By class; beside each block, where it begins: its slot is seldom in a cache when it is taken.
+    idle: Vec<Vec<(Block, usize)>>,
 }
 
 impl Cache {
@@ -360,20 +391,20 @@ impl Cache {
         &self.pool
     }
 
-    /// A block of at least `bytes`, recycled or new.
+    /// A block of at least `bytes`, recycled or new, and where it begins.
     #[inline]
-    pub fn take(&mut self, bytes: usize) -> Result<Block> {
+    pub fn take(&mut self, bytes: usize) -> Result<(Block, *mut u8)> {
         let (class, size) = class_of(bytes);
         match self.idle.get_mut(class).and_then(Vec::pop) {
-            Some(block) => Ok(block),
-            None => self.make(class, size),
+            Some((block, at)) => Ok((block, at as *mut u8)),
+            None => self.make(class, size).map(|block| (block, block.ptr())),
         }
     }
 
     #[cold]
     fn make(&mut self, class: usize, size: usize) -> Result<Block> {
         self.reclaim();
-        if let Some(block) = self.idle.get_mut(class).and_then(Vec::pop) {
+        if let Some((block, _)) = self.idle.get_mut(class).and_then(Vec::pop) {
             return Ok(block);
         }
         let ptr = self.pool.alloc(size)?;
@@ -397,11 +428,16 @@ impl Cache {
     /// Takes back a block that was not armed.
     #[inline]
     pub fn put(&mut self, block: Block) {
+        self.put_at(block, block.ptr());
+    }
+
+    #[inline]
+    fn put_at(&mut self, block: Block, at: *mut u8) {
         let class = block.class as usize;
         if self.idle.len() <= class {
             self.idle.resize_with(class + 1, Vec::new);
         }
-        self.idle[class].push(block);
+        self.idle[class].push((block, at as usize));
     }
 
     /// Drops the reference that [`Block::arm`] counted. If nobody retained the block it is idle again.
@@ -415,21 +451,15 @@ impl Cache {
     }
 
     fn reclaim(&mut self) {
-        self.pool.lean.store(false, Ordering::Relaxed);
-        let returned = std::mem::take(&mut *self.pool.lock_returned());
-        for index in returned {
+        for index in self.pool.take_returned(NONE) {
             self.put(Block::of(index));
         }
     }
 
     /// Gives all idle memory back; what is retained goes back when it is released.
     pub fn free_idle(&mut self) {
-        let returned = {
-            let mut returned = self.pool.lock_returned();
-            self.pool.lean.store(true, Ordering::Relaxed);
-            std::mem::take(&mut *returned)
-        };
-        let idle = self.idle.drain(..).flatten().map(|block| block.index);
+        let returned = self.pool.take_returned(LEAN);
+        let idle = self.idle.drain(..).flatten().map(|(block, _)| block.index);
         idle.chain(returned).for_each(free_block);
     }
 }
@@ -470,17 +500,17 @@ mod tests {
     fn blocks_are_recycled_and_counted() {
         let pool = Pool::new(Box::new(System));
         let mut cache = Cache::new(pool.clone());
-        let first = cache.take(1000).expect("memory");
+        let first = cache.take(1000).expect("memory").0;
         let token = first.arm();
         cache.settle(first, token);
         assert!(retain(token).is_err(), "stale");
-        let again = cache.take(1000).expect("memory");
+        let again = cache.take(1000).expect("memory").0;
         assert_eq!(again.ptr(), first.ptr());
         let held = again.arm();
         assert_ne!(held, token);
         retain(held).expect("live");
         cache.settle(again, held);
-        let other = cache.take(1000).expect("memory");
+        let other = cache.take(1000).expect("memory").0;
         assert_ne!(other.ptr(), again.ptr(), "retained memory is not reused");
         cache.put(other);
         cache.free_idle();
@@ -495,7 +525,7 @@ mod tests {
     fn a_retained_shard_outlives_its_bucketer() {
         let pool = Pool::new(Box::new(System));
         let mut cache = Cache::new(pool.clone());
-        let block = cache.take(64).expect("memory");
+        let block = cache.take(64).expect("memory").0;
         let token = block.arm();
         retain(token).expect("live");
         cache.settle(block, token);

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::queue::{self, Flight, Ops, Outcome, Queue};
+use super::queue::{self, Flight, Ops, Outcome, Pending, Queue};
 use super::{Bucketer, Completion, TICKET_BITS};
 use crate::error::{invalid, Error, Result, Status};
 use crate::lane::work::Meter;
@@ -162,6 +162,9 @@ pub struct Hand<C> {
     failure: Option<(usize, Arc<Error>)>,
 }
 
+/// So many ops ahead the counts of results' memory are fetched.
+const SOON: usize = 4;
+
 impl<C> Hand<C> {
     /// Nothing.
     pub fn empty() -> Hand<C> {
@@ -207,6 +210,12 @@ impl<C> Hand<C> {
     /// The next op. Its shard counts from here on.
     #[inline]
     pub fn next(&mut self) -> Option<Completion<'_, C>> {
+        if let Some(Pending {
+            block: Some(block), ..
+        }) = self.ops.get(self.handed + SOON)
+        {
+            block.prefetch();
+        }
         let op = self.ops.get_mut(self.handed)?;
         if let Some(block) = &op.block {
             op.shard = block.arm();

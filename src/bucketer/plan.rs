@@ -261,7 +261,7 @@ impl<C: Copy + Send> Turn<'_, C> {
             // Memory that is missing is missed before anything changes.
             let bytes = ask.work.numel * ask.work.finish.output.size();
             if ask.work.output.is_null() && q.results.reserved.is_none() && !comm.is_device() {
-                q.results.reserved = Some((q.results.cache.take(bytes)?, bytes));
+                q.results.reserved = Some((q.results.cache.take(bytes)?.0, bytes));
             }
             comm.prepare_next(q.lanes[index].id, ask.work.numel, &bucketer.pool)?;
             bucketer.launch_lane(q, index, true)?;

@@ -153,21 +153,21 @@ impl Results {
             return Ok(None);
         }
         let bytes = work.numel * work.finish.output.size();
-        let block = match self.reserved {
+        let (block, at) = match self.reserved {
             None => self.cache.take(bytes)?,
             Some(_) => self.take_reserved(bytes)?,
         };
-        work.output = block.ptr();
+        work.output = at;
         work.output_is_ours = true;
         Ok(Some(block))
     }
 
     /// What is reserved, unless an op that came in between needs another size.
     #[cold]
-    fn take_reserved(&mut self, bytes: usize) -> Result<Block> {
+    fn take_reserved(&mut self, bytes: usize) -> Result<(Block, *mut u8)> {
         let reserved = self.reserved.take();
         match reserved.filter(|(_, had)| *had == bytes) {
-            Some((block, _)) => Ok(block),
+            Some((block, _)) => Ok((block, block.ptr())),
             None => {
                 reserved.into_iter().for_each(|(b, _)| self.cache.put(b));
                 self.cache.take(bytes)

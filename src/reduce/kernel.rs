@@ -11,6 +11,7 @@
 
 use super::float::{quiet_f32, quiet_f64, Bf16, F16};
 use crate::dtype::Op;
+use crate::prefetch::prefetch;
 use std::mem::MaybeUninit;
 
 /// One reduction, as the kernels see it.
@@ -269,10 +270,6 @@ pub trait Level {
     /// The end of stores past the caches.
     #[inline(always)]
     fn settle_stores() {}
-
-    /// Fetches the cache line of `at`, which may be anywhere, if there is an instruction for it.
-    #[inline(always)]
-    fn prefetch(_at: *const u8) {}
 }
 
 /// What every CPU of the target has.
@@ -379,9 +376,7 @@ unsafe fn block<L, In, Out, A, const SUM: bool, const PLAIN: bool, const B: usiz
         A::scale(&mut acc, job);
     }
     if !PLAIN && job.accumulate {
-        for line in (0..B * size_of::<Out>()).step_by(64) {
-            L::prefetch(out.cast::<u8>().wrapping_add(AHEAD + line));
-        }
+        prefetch(out.cast::<u8>().wrapping_add(AHEAD), B * size_of::<Out>());
         let mut held = [A::ZERO; B];
         // SAFETY: as above.
         unsafe { load::<L, Out, A, B>(out, len, &mut held) };

@@ -25,12 +25,6 @@ macro_rules! level {
             }
 
             #[inline(always)]
-            fn prefetch(at: *const u8) {
-                // SAFETY: a hint, which never faults; every CPU of this target has it.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
-            }
-
-            #[inline(always)]
             unsafe fn store_past<T>(from: &T, to: *mut T) {
                 const { assert!(size_of::<T>().is_multiple_of(size_of::<$vector>())) };
                 let from = std::ptr::from_ref(from).cast::<$vector>();

@@ -194,9 +194,9 @@ impl LaneMemory {
 
     /// Memory that results stay in.
     pub fn landing(&mut self, bytes: usize) -> Result<Landing> {
-        let block = self.results.take(bytes)?;
+        let (block, at) = self.results.take(bytes)?;
         Ok(Landing {
-            at: block.ptr(),
+            at,
             token: block.arm(),
             is_callers: false,
         })
