@@ -139,6 +139,8 @@ rsb_status Worker::try_submit(const Op &op, Error &error, rsb_comm *comm) {
   const rsb_status status = rsb_bucketer_submit(bucketer_, record.comm, &args, &record.ticket, error);
   record.returned = true;
   record.accepted = status == RSB_OK;
+  // The inputs may be lent, the array of pointers to them is not.
+  std::fill(record.pointers.begin(), record.pointers.end(), nullptr);
   if ((op.flags & RSB_SUBMIT_BORROW) == 0) {
     spoil(record);
   }

@@ -98,6 +98,7 @@ impl Counters {
     /// Takes in what a call on a comm cost.
     pub fn meter(&self, meter: &Meter) {
         self.copied_bytes.add(meter.copied);
+        self.pack_ns.add(meter.pack_ns);
         self.wait_ns.add(meter.wait_ns);
         self.reduce_ns.add(meter.reduce_ns);
     }

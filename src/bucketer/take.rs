@@ -177,8 +177,8 @@ impl<C: Copy + Send> Bucketer<C> {
         let taken = unsafe { comm.submit(lane.id, work, &self.pool, &mut meter) };
         if let Some(start) = start {
             let times = if large { 1 } else { SAMPLE };
-            let spent =
-                (start.elapsed().as_nanos() as u64).saturating_sub(meter.wait_ns + meter.reduce_ns);
+            let other = meter.wait_ns + meter.reduce_ns + meter.pack_ns;
+            let spent = (start.elapsed().as_nanos() as u64).saturating_sub(other);
             self.counters.pack_ns.add(spent * times);
         }
         self.counters.meter(&meter);

@@ -268,6 +268,10 @@ impl Endpoint {
 
     /// Forgets a lane, what waits in it, and where its results go.
     pub fn close_lane(&self, id: LaneId) {
+        if fork::epoch() != self.process {
+            // Nothing behind it is this process's.
+            return;
+        }
         match &*self.lanes {
             Lanes::Ring(ring, _) => ring.close_lane(id),
             Lanes::Buckets(buckets) => buckets.close_lane(id),

@@ -171,6 +171,15 @@ impl Work {
         }
     }
 
+    /// Whether all elements of all rows are real.
+    #[inline]
+    pub fn is_unpadded(&self) -> bool {
+        match self.rows {
+            Rows::Pieces(_) => true,
+            Rows::Flat { total, .. } => total == self.numel * self.size as usize,
+        }
+    }
+
     /// Whether elements `from..from + count` of this rank's own row are all real.
     ///
     /// # Safety
@@ -208,6 +217,8 @@ unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
 pub struct Meter {
     /// Bytes copied into staging or buckets.
     pub copied: u64,
+    /// Time copying what was noted before; what a submit copies at once is the bucketer's to time.
+    pub pack_ns: u64,
     /// Time waiting for peers.
     pub wait_ns: u64,
     /// Time in reduction kernels; small pieces are not timed.

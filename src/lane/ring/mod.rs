@@ -1,7 +1,7 @@
 //! The ring lane: ops travel in chunks of about the size of a cache, through memory all ranks read.
 //!
-//! A rank copies its rows into a chunk and publishes it when it is full, or when its bucket is
-//! launched; once all ranks have published chunk k, each reduces its own row of k straight into the
+//! A rank copies its rows into a chunk, when an op is submitted or, if it is lent, when the chunk is
+//! published: that is when it is full, or its bucket is launched. Once all ranks have published chunk k, each reduces its own row of k straight into the
 //! results. So a large tensor streams through like many small ones, and on one host the chunk in
 //! cache is the real bucket. `State` never waits; all waiting is in `wait`, with the lock released.
 
@@ -10,6 +10,7 @@ mod desync;
 mod direct;
 #[cfg(any(loom, shuttle))]
 mod model;
+mod pack;
 mod slots;
 mod state;
 mod wait;
@@ -18,7 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use self::state::{Content, Piece, State};
+use self::pack::may_wait;
+use self::state::{Content, State};
 use self::wait::Limit;
 use super::work::{Meter, Waited, Work};
 use super::LaneId;
@@ -101,7 +103,7 @@ impl Ring {
 
     /// Forgets a lane and where its results go.
     pub fn close_lane(&self, id: LaneId) {
-        self.lock().close_lane(id);
+        self.lock().close_lane(&self.group, id);
     }
 
     /// How many ops of a lane are complete, and why no more will be.
@@ -166,14 +168,12 @@ impl Ring {
         }
         self.accept(st, &work.call());
         // SAFETY: by the promise of this function; the row has room.
-        let piece = unsafe { self.stage(work, slot, at, 0, work.numel, work.borrow, meter) };
-        let lane = st.lane(id);
-        lane.staged += 1;
-        if let Some(chunk) = &mut lane.open {
-            chunk.ops_end = lane.staged;
-            chunk.fill = at + bytes;
-            if let Content::Rows { pieces, .. } = &mut chunk.content {
-                pieces.push(piece);
+        unsafe {
+            if work.borrow && may_wait(work) {
+                self.note(st.lane(id), work, at, meter);
+            } else {
+                let piece = self.stage(work, slot, at, 0, work.numel, work.borrow, meter);
+                st.lane(id).add(piece, at + bytes);
             }
         }
         true
@@ -277,52 +277,6 @@ impl Ring {
         st.record(&self.group, &call.words());
     }
 
-    /// Copies elements `from..from + count` of all rows into a chunk, this rank's own only if it
-    /// cannot be read from the caller's memory later.
-    ///
-    /// # Safety
-    /// As for `submit`; the stretch fits into a row at `at`.
-    #[allow(clippy::too_many_arguments)]
-    #[inline(always)]
-    unsafe fn stage(
-        &self,
-        work: &Work,
-        slot: u32,
-        at: usize,
-        from: usize,
-        count: usize,
-        lent: bool,
-        meter: &mut Meter,
-    ) -> Piece {
-        let element = work.dtype.size();
-        let (chunk, row_bytes) = (
-            self.group.own_chunk(slot),
-            self.group.layout().geometry.row_bytes,
-        );
-        let me = self.group.rank();
-        // SAFETY: the caller's rows have `from + count` elements, or zeros for them; the chunk has a
-        // row for every rank; no peer reads it before it is published.
-        unsafe {
-            let own = if lent && work.is_whole(me, from, count) {
-                work.row(me).0.add(from * element)
-            } else {
-                std::ptr::null()
-            };
-            let skipped = if own.is_null() { u32::MAX } else { me };
-            work.copy_rows(from, count, chunk.add(at), row_bytes, skipped);
-            let rows = self.group.size() - u32::from(!own.is_null());
-            meter.copied += (count * element) as u64 * u64::from(rows);
-            Piece {
-                at,
-                count,
-                output: work.output.add(from * work.finish.output.size()),
-                own,
-                finish: work.finish,
-                past: work.is_past_caches(),
-            }
-        }
-    }
-
     /// Opens a chunk for a lane. Should fewer than half of all chunks be left for travelling, the
     /// oldest open one is published first.
     fn open_chunk<'a>(
@@ -348,7 +302,11 @@ impl Ring {
         let mut st = self.line(st, meter)?;
         // Meanwhile another thread may have published it, and closed the lane.
         let lane = st.lanes.get_mut(id as usize).and_then(Option::as_mut);
-        let Some(chunk) = lane.and_then(|lane| lane.open.take()) else {
+        let Some(lane) = lane.filter(|lane| lane.open.is_some()) else {
+            return Ok(st);
+        };
+        lane.pack(&self.group, meter);
+        let Some(chunk) = lane.open.take() else {
             return Ok(st);
         };
         st.open.retain(|&open| open != id);

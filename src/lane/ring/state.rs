@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use super::carry::carry_out;
 use super::desync;
+use super::pack::Lent;
 use crate::comm::control::INLINE;
 use crate::comm::group::{Group, Stall};
 use crate::comm::word::Fate;
@@ -101,10 +102,27 @@ pub struct RingLane {
     pub reduced: u64,
     /// The part-full chunk.
     pub open: Option<Chunk>,
+    /// What is still to be copied into it.
+    pub lent: Vec<Lent>,
     /// Chunks published and not reduced.
     pub travelling: u32,
     /// Nobody asks for it any more.
     pub dead: bool,
+}
+
+impl RingLane {
+    /// Adds a whole op to the open chunk, which is filled up to `fill` bytes of each row by it.
+    #[inline(always)]
+    pub fn add(&mut self, piece: Piece, fill: usize) {
+        self.staged += 1;
+        if let Some(chunk) = &mut self.open {
+            chunk.ops_end = self.staged;
+            chunk.fill = fill;
+            if let Content::Rows { pieces, .. } = &mut chunk.content {
+                pieces.push(piece);
+            }
+        }
+    }
 }
 
 /// The state of one rank's ring.
@@ -184,6 +202,7 @@ impl State {
             staged: 0,
             reduced: 0,
             open: None,
+            lent: Vec::new(),
             travelling: 0,
             dead: false,
         };
@@ -192,7 +211,7 @@ impl State {
 
     /// Forgets where the lane's results go. Its open chunk keeps its place, since peers may still
     /// have it open: what is published, and when, is a function of the sequence alone.
-    pub fn close_lane(&mut self, id: LaneId) {
+    pub fn close_lane(&mut self, group: &Group, id: LaneId) {
         let State {
             lanes,
             closed,
@@ -202,6 +221,8 @@ impl State {
         let Some(Some(lane)) = lanes.get_mut(id as usize) else {
             return;
         };
+        // The caller's inputs are the caller's again, and peers are told what they were.
+        lane.pack(group, &mut Meter::default());
         lane.dead = true;
         let own = closed.iter_mut().filter(|c| c.lane == Some(id));
         own.chain(lane.open.as_mut())
@@ -425,7 +446,11 @@ impl State {
             spare,
             ..
         } = self;
-        let open = lanes.iter_mut().flatten().filter_map(|l| l.open.as_mut());
+        let lanes = lanes.iter_mut().flatten();
+        let open = lanes.filter_map(|lane| {
+            lane.lent.clear();
+            lane.open.as_mut()
+        });
         closed
             .iter_mut()
             .chain(open)
