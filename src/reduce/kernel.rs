@@ -292,7 +292,7 @@ const FEW: usize = 8;
 
 /// How many bytes ahead an output that is added to is fetched. The rows come from a cache, it comes from
 /// memory: left to itself the CPU waits for it in every block.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
 
 /// Carries out `job` with rows of `In`, a result of `Out`, values of `A`, in blocks of `B`. With `SUM`
 /// it knows at compile time that it sums, which is worth code of its own.
