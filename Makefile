@@ -83,7 +83,7 @@ memcheck:
 	  build/c_examples/02_processes build/c_examples/03_custom_engine \
 	  "build/c_examples/04_dlopen target/release/librsbucket.so"
 
-# The library beside MPICH, Open MPI and the memory floors: one table (about 12 minutes; bench/README.md).
+# The library beside MPICH, Open MPI and the memory floors: one table (about 10 minutes; bench/README.md).
 bench:
 	bench/run
 
