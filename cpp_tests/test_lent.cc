@@ -49,8 +49,9 @@ TEST_P(Lent, ManyOpsAmongThoseThatAreNot) {
         if (i % 6 != 5) {
           op = lent(op);
         }
-        if (i % 8 == 3 && !op.flat && op.offset == 0) {
+        if (i % 8 == 3 && !op.flat) {
           op.in_place = true;
+          op.offset = 0;
         }
         worker.submit(op);
         if (values::hash(i, 3) % 16 == 0) {
