@@ -269,6 +269,11 @@ TEST(Modules, AreTextThatTheOldestDriverTakes) {
   CUfunction function = nullptr;
   EXPECT_CUDA(cuModuleGetFunction(&function, module, "rsb_pack"));
   EXPECT_EQ(cuModuleGetFunction(&function, module, "rsb_reduce_f32"), CUDA_ERROR_NOT_FOUND) << "not in this text";
+  PackFew pack{};
+  pack.segments = pack.end = 1;
+  void *params[] = {&pack};
+  EXPECT_EQ(cuLaunchKernel(function, 1, 1, 1, 256, 1, 1, 0, device.stream(), params, nullptr), CUDA_ERROR_INVALID_PTX);
+  EXPECT_TRUE(breached("launched from another text"));
   EXPECT_CUDA(cuModuleUnload(module));
   EXPECT_EQ(cuModuleUnload(module), CUDA_ERROR_INVALID_HANDLE);
   EXPECT_TRUE(breached("twice"));

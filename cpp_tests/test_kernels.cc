@@ -1,4 +1,4 @@
-// The library's kernels, from their own source, run by the driver's stand-in: every type and operation
+// The library's kernels, their PTX and their source, run by the driver's stand-in: every type and operation
 // against an independent oracle, and against what the library computes on the host, bit for bit; tails,
 // any alignment, padding, many tensors in one launch, special values.
 #include <gtest/gtest.h>

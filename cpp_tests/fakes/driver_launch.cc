@@ -10,6 +10,7 @@ extern "C" {
 struct Module {
   Context *context;
   std::string text;
+  bool known = false; // the text that kernels here were made from
   bool unloaded = false;
 };
 
@@ -25,6 +26,7 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   auto lacks = [&](const char *line) { return made->text.find(line) == std::string::npos; };
   if (lacks("\n.version 6.4\n") || lacks("\n.target sm_70\n"))
     return CUDA_ERROR_INVALID_PTX;
+  made->known = is_known_text(made->text);
   Lock lock(machine().lock);
   machine().modules++;
   *module = (CUmodule)made;
@@ -57,7 +59,7 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
   BEGIN(CURRENT);
   GIVEN(function && module && name);
   auto *m = (Module *)module;
-  // It must be in the text, and in the same source made for the host.
+  // It must be in the text, and be made for the host.
   const Kernel *kernel = kernel_named(name);
   std::string entry = std::string(".entry ") + name + "(";
   if (kernel == nullptr || m->text.find(entry) == std::string::npos) return CUDA_ERROR_NOT_FOUND;
@@ -78,6 +80,10 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
     return CUDA_ERROR_INVALID_HANDLE;
   }
   if (f->module->context != s->context) return CUDA_ERROR_INVALID_HANDLE;
+  if (!f->module->known) {
+    breach("%s is launched from another text than this stand-in was made from", kernel->name);
+    return CUDA_ERROR_INVALID_PTX;
+  }
   if (grid_y != 1 || grid_z != 1 || block_x != 256 || block_y != 1 || block_z != 1 || shared_bytes != 0 ||
       kernel->blocks(params[0]) != grid_x) {
     breach("%s is launched with a grid of %ux%ux%u blocks of %ux%ux%u; expected %ux1x1 of 256x1x1", kernel->name,
@@ -93,8 +99,10 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
   work.run = [=]() -> CUresult {
     kernel->translate(copied->data());
     // Blocks come in any order.
-    for (unsigned i = 0; i < grid_x; i++) kernel->run(copied->data(), grid_x % 2 == 0 ? grid_x - 1 - i : i);
-    return CUDA_SUCCESS;
+    CUresult result = CUDA_SUCCESS;
+    for (unsigned i = 0; i < grid_x && result == CUDA_SUCCESS; i++)
+      result = run_block(*kernel, copied->data(), grid_x % 2 == 0 ? grid_x - 1 - i : i);
+    return result;
   };
   return enqueue(lock, s, std::move(work));
 }

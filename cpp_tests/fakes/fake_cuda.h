@@ -10,6 +10,7 @@
 //   RSB_FAKE_CUDA_VERSION=n     driver's version (12080)
 //   RSB_FAKE_CUDA_MAY_WAIT=1    the host may wait for the device: a program of a user's (0: a breach)
 //   RSB_FAKE_CUDA_FAIL=spec     see fake_cuda_fail
+//   RSB_FAKE_CUDA_KERNELS=source  the kernels' source, compiled for the host, in place of their PTX
 //   RSB_FAKE_NCCL_VERSION=n     NCCL's version (23007)
 //   RSB_FAKE_NCCL_HANG_MS=n     when a collective that not all ranks come to is given up (20000)
 #ifndef RSB_FAKES_FAKE_CUDA_H

@@ -1,7 +1,11 @@
-// The library's kernels, from their own source, made for the host: the same source, not the same PTX.
+// The library's kernels, made for the host in two ways: from the PTX that ships (ptx_to_cc), and from its source.
+// A launch runs the first, or the second with RSB_FAKE_CUDA_KERNELS=source. What a launch accesses is read off the
+// source's parameters.
+#include <cstdlib>
 #include <cstring>
 
 #include "machine.h"
+#include "ptx.h"
 
 // What the source takes from CUDA.
 #define __global__ __attribute__((visibility("hidden")))
@@ -106,12 +110,10 @@ void reduce_translate(void *params) {
   for (unsigned i = 0; i < p->segments; i++) p->segment[i].dst = reached(p->segment[i].dst);
 }
 
-template <class P, void (*KERNEL)(const P &)> void run(const void *params, unsigned block) {
+template <class P, void (*KERNEL)(const P &)> void run(const void *params, unsigned block, unsigned thread) {
   blockIdx = {block, 0, 0};
-  for (unsigned t = 0; t < 256; t++) {
-    threadIdx = {t, 0, 0};
-    KERNEL(*(const P *)params);
-  }
+  threadIdx = {thread, 0, 0};
+  KERNEL(*(const P *)params);
 }
 
 #define PACKED(NAME, N)                                                                             \
@@ -132,7 +134,39 @@ const fake::Kernel KERNELS[] = {
     REDUCED(u8),                          REDUCED(i8),
 };
 
+const ptx::Entry *entry_named(const char *name) {
+  for (const ptx::Entry *entry = ptx::ENTRIES; entry->name != nullptr; entry++)
+    if (strcmp(entry->name, name) == 0) return entry;
+  return nullptr;
+}
+
+bool from_source() {
+  static const char *text = getenv("RSB_FAKE_CUDA_KERNELS");
+  return text != nullptr && strcmp(text, "source") == 0;
+}
+
 } // namespace
+
+thread_local uint64_t ptx::misaligned;
+
+bool fake::is_known_text(const std::string &text) {
+  uint64_t hash = 0xcbf29ce484222325ull;
+  for (unsigned char c : text) hash = (hash ^ c) * 0x100000001b3ull;
+  return hash == ptx::TEXT;
+}
+
+CUresult fake::run_block(const Kernel &kernel, const void *params, unsigned block) {
+  const ptx::Entry *entry = from_source() ? nullptr : entry_named(kernel.name);
+  for (unsigned i = 0; i < 256; i++) {
+    unsigned thread = block % 2 == 0 ? i : 255 - i;
+    if (entry == nullptr) kernel.source(params, block, thread);
+    else entry->run((uint64_t)params, thread, block);
+  }
+  if (ptx::misaligned == 0) return CUDA_SUCCESS;
+  breach("%s accesses %#llx, which is not aligned", kernel.name, (unsigned long long)ptx::misaligned);
+  ptx::misaligned = 0;
+  return CUDA_ERROR_MISALIGNED_ADDRESS;
+}
 
 const fake::Kernel *fake::kernel_named(const std::string &name) {
   for (auto &kernel : KERNELS)

@@ -198,10 +198,13 @@ struct Kernel {
   size_t bytes; // of its parameter
   unsigned (*blocks)(const void *params);
   std::vector<Access> (*accesses)(const void *params);
-  void (*run)(const void *params, unsigned block); // with addresses that the host reaches
+  void (*source)(const void *params, unsigned block, unsigned thread); // with addresses that the host reaches
   void (*translate)(void *params);
 };
 const Kernel *kernel_named(const std::string &name);
+// Whether it is the PTX that the kernels here were made from.
+bool is_known_text(const std::string &text);
+CUresult run_block(const Kernel &kernel, const void *params, unsigned block);
 
 } // namespace fake
 
