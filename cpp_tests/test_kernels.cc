@@ -190,13 +190,15 @@ std::vector<Case> all_cases() {
   return cases;
 }
 
-/// What a kernel computes from these rows; `misaligned`: how far rows and result are from alignment.
+/// What a kernel computes from these rows; `misaligned`: how far rows and result are from alignment. Only with 0
+/// every row is aligned, as it must be for several elements to be moved at once.
 Bytes reduced(Device &device, CUstream stream, const Case &c, const std::vector<Bytes> &rows, const Bytes &held,
               size_t misaligned = 0) {
   const size_t in = values::size_of(c.dtype), out = values::size_of(c.output), count = rows[0].size() / in;
   const auto ranks = static_cast<uint32_t>(rows.size());
   // Elements around each row's part, so that places in it count.
-  const size_t before = 16 / in, stride = before + count + before;
+  const size_t before = 16 / in, room = before + count + before;
+  const size_t stride = misaligned == 0 ? (room + before - 1) / before * before : room;
   Bytes data(stride * in * rows.size(), 0x33);
   for (size_t r = 0; r < rows.size(); ++r) {
     std::copy(rows[r].begin(), rows[r].end(), data.begin() + static_cast<ptrdiff_t>((r * stride + before) * in));
@@ -263,7 +265,7 @@ TEST_F(Kernels, EveryReductionIsTheOracles) {
       const values::Reduction reduction{c.dtype, c.output, c.op, c.scale == 1.0 ? 0.0 : c.scale};
       const Bytes expected =
           values::shard(reduction, values::Data::kRough, n, 0, ranks, count, c.accumulate ? held : Bytes());
-      const Bytes result = reduced(device, stream, c, rows, held, n % 5 == 0 ? n % 16 : 0);
+      const Bytes result = reduced(device, stream, c, rows, held, n % 5 == 0 ? n % 17 : 0);
       for (size_t i = 0; i < count; ++i) {
         const Bytes want(&expected[i * out], &expected[i * out] + out), got(&result[i * out], &result[i * out] + out);
         ASSERT_EQ(got, want) << c.text() << ", " << ranks << " ranks, element " << i << " of " << count;
@@ -361,6 +363,27 @@ TEST_F(Kernels, SpecialValuesAreWhatTheHostComputes) {
         const Bytes want(&host[n][i * out], &host[n][i * out] + out), got(&result[i * out], &result[i * out] + out);
         ASSERT_EQ(got, want) << c.text() << ", " << ranks << " ranks, element " << i
                              << (is_nan(c.output, want.data()) ? ", not a number" : "");
+      }
+    }
+  }
+}
+
+TEST_F(Kernels, OneRowIsCopiedBitForBitAtAnyAlignment) {
+  for (const size_t bytes : {1u, 15u, 16u, 17u, 1000u, 4100u, 16384u, 40001u}) {
+    for (const size_t from : {0u, 1u, 2u, 4u, 8u, 13u}) {
+      for (const size_t to : {0u, 1u, 2u, 4u, 8u, 12u}) {
+        const Bytes data = noise(bytes, bytes * 64 + from * 16 + to);
+        Reduce p{};
+        p.src = device.memory(data, from);
+        p.stride = bytes;
+        p.divisor = p.factor = 1.0;
+        p.rows = p.segments = 1;
+        p.op = RSB_OP_SUM;
+        p.segment[0] = {device.memory(bytes, to), 0, bytes, 1.0, chunks(bytes, 1), RSB_DTYPE_U8};
+        run("rsb_reduce_u8", p.segment[0].end, &p);
+        ASSERT_EQ(Device::read(p.segment[0].dst, bytes), data) << bytes << " bytes from " << from << " to " << to;
+        ASSERT_TRUE(device.surroundings_untouched());
+        device.free_memory();
       }
     }
   }
