@@ -1,14 +1,17 @@
 //! libcuda, found at run time: its functions as a table, so that the library loads and the host paths
 //! work where there is no driver.
 //!
-//! cudarc has the types and finds the library. Its functions are not called: their result is a closed
-//! Rust enum, which the code of a newer driver would make undefined behaviour, and they panic where a
-//! symbol is missing. Here results are integers, and every symbol is there before the first call.
+//! cudarc has the types. Its functions are not called: their result is a closed Rust enum, which the
+//! code of a newer driver would make undefined behaviour, and they panic where a symbol is missing.
+//! Here results are integers, and every symbol is there before the first call. Nor is its loader used:
+//! it takes `libcuda.so` before `libcuda.so.1`, and where a toolkit's `stubs` are on the loader's path
+//! that is a library whose every call fails.
 
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::{self, CUcontext, CUevent, CUfunction, CUmodule, CUstream};
+use libloading::Library;
 
 use crate::error::{unsupported, Error, Result, Status};
 
@@ -26,6 +29,20 @@ pub const NOT_READY: c_int = 600;
 /// CUDA 11.2, the first with stream-ordered memory, as `cuDriverGetVersion` counts.
 const LEAST: c_int = 11020;
 
+/// The driver's library, by the name that it has on every machine, else by a toolkit's link to it.
+fn open() -> std::result::Result<Library, String> {
+    // SAFETY: loading libcuda runs its constructors, as linking it would.
+    let named = |name: &str| unsafe { Library::new(name) };
+    named("libcuda.so.1").or_else(|why| {
+        named("libcuda.so").map_err(|_| {
+            format!(
+                "libcuda.so.1 is nowhere where the loader looks (LD_LIBRARY_PATH, the system's \
+                 directories): {why}"
+            )
+        })
+    })
+}
+
 macro_rules! table {
     ($($(#[$doc:meta])* $name:ident ( $($arg:ty),* );)*) => {
         /// The functions of libcuda that are used.
@@ -36,13 +53,8 @@ macro_rules! table {
 
         impl Driver {
             fn find() -> std::result::Result<Driver, String> {
-                // SAFETY: loading libcuda runs its constructors, as linking it would.
-                if !unsafe { sys::is_culib_present() } {
-                    return Err("libcuda.so.1 is nowhere where the loader looks \
-                                (LD_LIBRARY_PATH, the system's directories)".into());
-                }
-                // SAFETY: it was there a moment ago; cudarc keeps it for good.
-                let library = unsafe { sys::culib() };
+                // What is called below must never be unloaded.
+                let library: &Library = Box::leak(Box::new(open()?));
                 Ok(Driver {
                     $($name: {
                         let name = stringify!($name);
