@@ -2,6 +2,10 @@
 // stream, memory that is used again, and calls that never wait for the device.
 #include <gtest/gtest.h>
 
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
 #include "device_worker.h"
 
 using namespace harness;
@@ -142,6 +146,39 @@ TEST(Order, TheProducerDoesNotWaitForTheReduceScatter) {
     fake_cuda_let_go(late);
     worker.finish();
   });
+}
+
+TEST(Order, AThreadsDefaultStreamIsThatThreads) {
+  // One name, a stream in each thread: a bucket waits for all of them.
+  const auto per_thread = reinterpret_cast<CUstream>(uintptr_t{2});
+  for (const uint32_t flags : {0u, uint32_t{RSB_SUBMIT_BORROW}}) {
+    run_device(2, {}, [&](DeviceRank &rank) {
+      DeviceWorker worker(rank, 1 << 14);
+      Op o = Op::f32(300);
+      o.flags = flags;
+      std::mutex lock;
+      std::condition_variable changed;
+      int turn = 0;
+      std::vector<std::thread> threads;
+      for (int t = 0; t < 3; ++t) {
+        threads.emplace_back([&, t] {
+          ASSERT_CUDA(cuCtxPushCurrent_v2(rank.device.context()));
+          std::unique_lock<std::mutex> held(lock);
+          changed.wait(held, [&] { return turn == t; });
+          worker.submit(o, per_thread);
+          ++turn;
+          changed.notify_all();
+          // Its stream lives until all have submitted.
+          changed.wait(held, [&] { return turn == 3; });
+          ASSERT_CUDA(cuCtxPopCurrent_v2(nullptr));
+        });
+      }
+      for (std::thread &thread : threads) {
+        thread.join();
+      }
+      worker.finish();
+    });
+  }
 }
 
 TEST(Order, FlushJoinsResultsIntoTheProducersStream) {

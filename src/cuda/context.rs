@@ -135,7 +135,7 @@ impl Context {
         self.enter().or_else(|_| self.enter())
     }
 
-    /// Refuses a stream of another device. The context is current.
+    /// Refuses a stream of another device or context. The context is current.
     pub(crate) fn check_stream(&self, stream: CUstream, name: &str) -> Result<()> {
         if stream.is_null() {
             return Ok(());
@@ -168,8 +168,29 @@ impl Context {
                     self.ordinal
                 ));
             }
+            let code = self.mark_once(stream)?;
+            if code != SUCCESS {
+                return Err(invalid!(
+                    "{name}: a stream of another context of device {device} (cuEventRecord says {}); \
+                     expected one of the comm's",
+                    self.driver.name(code)
+                ));
+            }
         }
         Ok(())
+    }
+
+    /// What the driver says to an event of this context in `stream`: contexts may be two names of one.
+    fn mark_once(&self, stream: CUstream) -> Result<c_int> {
+        let mut event = std::ptr::null_mut();
+        // SAFETY: the event lives between its making and its end; the stream is the caller's, live.
+        unsafe {
+            let code = (self.driver.cuEventCreate)(&mut event, 0);
+            self.driver.check(code, "cuEventCreate")?;
+            let code = (self.driver.cuEventRecord)(event, stream);
+            Driver::end(|| (self.driver.cuEventDestroy_v2)(event));
+            Ok(code)
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use crate::dtype::{DType, Finish, Op};
 use crate::error::Result;
 use crate::lane::work::{self, Work};
 use crate::lane::LaneId;
+use crate::thread;
 
 /// A segment beyond the expected is this part of a bucket, so that little of the last one is wasted.
 const PART: usize = 8;
@@ -57,9 +58,14 @@ struct Piece {
     output: *mut u8,
 }
 
+/// `CU_STREAM_PER_THREAD`: a name for another stream in each thread.
+const PER_THREAD: usize = 2;
+
 /// A stream that inputs come from, and the event after which they may be taken.
 pub struct Producer {
     pub stream: CUstream,
+    /// Whose it is, where that is a matter of the thread; else 0.
+    thread: usize,
     pub event: Event,
 }
 
@@ -305,11 +311,20 @@ impl Bucket {
         stream: CUstream,
         event: impl FnOnce() -> Result<Event>,
     ) -> Result<(usize, bool)> {
-        if let Some(index) = self.producers.iter().position(|p| p.stream == stream) {
+        let thread = match stream as usize {
+            PER_THREAD => thread::this(),
+            _ => 0,
+        };
+        let known = |p: &Producer| p.stream == stream && p.thread == thread;
+        if let Some(index) = self.producers.iter().position(known) {
             return Ok((index, false));
         }
         let event = event()?;
-        self.producers.push(Producer { stream, event });
+        self.producers.push(Producer {
+            stream,
+            thread,
+            event,
+        });
         Ok((self.producers.len() - 1, true))
     }
 }
