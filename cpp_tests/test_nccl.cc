@@ -2,7 +2,10 @@
 // enqueued.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 
@@ -55,6 +58,48 @@ TEST(Nccl, ExactHasTheBitsOfALocalComm) {
         }
       }
       worker.finish();
+    }
+  });
+}
+
+TEST(Nccl, TheLeastAndTheGreatestAreNanWhereAnyRankHasOne) {
+  run_device(2, {}, [](DeviceRank &rank) {
+    const size_t count = 40;
+    for (const rsb_dtype dtype : {RSB_DTYPE_F32, RSB_DTYPE_F64, RSB_DTYPE_F16, RSB_DTYPE_BF16}) {
+      for (const rsb_op op : {RSB_OP_MIN, RSB_OP_MAX}) {
+        const size_t width = values::size_of(dtype);
+        values::Bytes data(count * width);
+        for (size_t i = 0; i < count; ++i) {
+          // Of rank 0 every third, of rank 1 every fifth.
+          const bool lacks = i % (rank.rank == 0 ? 3 : 5) == 0;
+          const double value = rank.rank == 0 ? static_cast<double>(i) : 20.0;
+          values::store(dtype, value, &data[i * width]);
+          if (lacks) {
+            std::memset(&data[i * width], 0xFF, width);  // a NaN in every type
+          }
+        }
+        const auto at = reinterpret_cast<void *>(rank.device.memory(data));
+        const CUdeviceptr output = rank.device.memory(data.size());
+        const void *inputs[] = {at, at};
+        Bucketer bucketer(1 << 12);
+        rsb_submit_args args = RSB_SUBMIT_ARGS_INIT;
+        args.inputs = inputs;
+        args.numel = count;
+        args.dtype = dtype;
+        args.op = op;
+        args.output = reinterpret_cast<void *>(output);
+        Error error;
+        ASSERT_TRUE(answers(RSB_OK, rsb_bucketer_submit(bucketer, rank.comm, &args, nullptr, error), error));
+        ASSERT_TRUE(answers(RSB_OK, rsb_bucketer_flush(bucketer, error), error));
+        fake_cuda_wait(rank.producer);
+        const values::Bytes result = gpu::Device::read(output, data.size());
+        for (size_t i = 0; i < count; ++i) {
+          const double got = values::load(dtype, &result[i * width]), other = static_cast<double>(i);
+          const double want = op == RSB_OP_MIN ? std::min(other, 20.0) : std::max(other, 20.0);
+          ASSERT_EQ(std::isnan(got), i % 3 == 0 || i % 5 == 0) << values::dtype_name(dtype) << ", element " << i << ": " << got;
+          ASSERT_TRUE(std::isnan(got) || got == want) << i << ": " << got;
+        }
+      }
     }
   });
 }
@@ -240,6 +285,19 @@ TEST(Refusals, NothingIsEnqueuedForWrongMemoryOrACapture) {
     args.stream = nullptr;
     EXPECT_TRUE(refuses({RSB_ERR_INVALID_ARGUMENT}, rsb_bucketer_submit(bucketer, rank.comm, &args, nullptr, error), error, {"inputs[0]"}));
     inputs[0] = at;
+    // Of the same device, but in a context of its own.
+    CUcontext apart = nullptr;
+    CUstream stranger = nullptr;
+    ASSERT_CUDA(cuCtxCreate_v2(&apart, 0, 0));
+    ASSERT_CUDA(cuStreamCreateWithPriority(&stranger, CU_STREAM_NON_BLOCKING, 0));
+    ASSERT_CUDA(cuCtxPopCurrent_v2(nullptr));
+    args.stream = stranger;
+    EXPECT_TRUE(refuses({RSB_ERR_INVALID_ARGUMENT}, rsb_bucketer_submit(bucketer, rank.comm, &args, nullptr, error), error, {"stream"}));
+    EXPECT_NE(error.message().find("another context"), std::string::npos) << error.message();
+    args.stream = nullptr;
+    ASSERT_CUDA(cuCtxPushCurrent_v2(apart));
+    ASSERT_CUDA(cuStreamDestroy_v2(stranger));
+    ASSERT_CUDA(cuCtxDestroy_v2(apart));
     ASSERT_CUDA(cuCtxPushCurrent_v2(rank.device.context()));
     ASSERT_CUDA(cuStreamBeginCapture_v2(rank.producer, kGlobal));
     EXPECT_TRUE(refuses({RSB_ERR_UNSUPPORTED}, rsb_bucketer_submit(bucketer, rank.comm, &args, nullptr, error), error, {"stream"}));

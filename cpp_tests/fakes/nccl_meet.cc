@@ -1,5 +1,6 @@
-// The ranks' launches carried out. Sums come in a ring's order, in the wire's type, and averages of floats are
-// inputs times a rounded 1/n: what the real one does, and what an exact library must not rely on.
+// The ranks' launches carried out. Sums come in a ring's order, in the wire's type, averages of floats are inputs
+// times a rounded 1/n, and the least and greatest pass NaNs over: what the real one does, and what an exact library
+// must not rely on.
 #include "nccl_meet.h"
 
 #include <chrono>
@@ -29,8 +30,8 @@ using Bytes = std::vector<char>;
 template <class T> T combined(int op, T a, T b) {
   switch (op) {
   case ncclProd: return (T)(a * b);
-  case ncclMin: return b < a ? b : a;
-  case ncclMax: return b > a ? b : a;
+  case ncclMin: return a != a || b < a ? b : a;
+  case ncclMax: return a != a || b > a ? b : a;
   default: return (T)(a + b);
   }
 }

@@ -54,6 +54,8 @@ pub struct Abilities {
     pub max_count: usize,
     /// It takes rows that lie further apart than they are long.
     pub strided: bool,
+    /// Its MIN and MAX of floats are NaN where any rank's is.
+    pub keeps_nan: bool,
 }
 
 /// An engine. Calls come one at a time but for `abort`; dropping it is its release.
@@ -76,6 +78,10 @@ pub trait Engine: Send + Sync {
     /// The end of a group: all of it is enqueued.
     fn ungroup(&self) -> Result<(), i32> {
         Ok(())
+    }
+    /// Whether all of the last group is enqueued by now. Never blocks.
+    fn settled(&self) -> Result<bool, i32> {
+        Ok(true)
     }
     /// What has failed since, of what was enqueued.
     fn health(&self) -> Result<(), i32> {

@@ -5,11 +5,10 @@
 //! know.
 
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
-use std::time::Duration;
 
 use super::engine::{Abilities, Collective, Engine, Kind};
-use super::patience::Patience;
 use crate::dtype::{DType, Op};
 use crate::error::{unsupported, Error, Result, Status};
 
@@ -202,7 +201,8 @@ pub struct Nccl {
     device: i32,
     /// Whether collectives of one call must not be used.
     fallback: bool,
-    timeout: Option<Duration>,
+    /// The last group is still at work, as it may be on a communicator that does not block.
+    unsettled: AtomicBool,
 }
 
 // SAFETY: the communicator may be used from any thread, one at a time, which the lane's lock sees to.
@@ -215,7 +215,7 @@ impl Nccl {
     ///
     /// # Safety
     /// `comm` is a live ncclComm_t that outlives the engine.
-    pub unsafe fn wrap(comm: Comm, timeout: Option<Duration>) -> Result<Nccl> {
+    pub unsafe fn wrap(comm: Comm) -> Result<Nccl> {
         let functions = &Library::get()?.functions;
         let (mut size, mut rank, mut device, mut state) = (0, 0, 0, 0);
         // SAFETY: by the promise of this function; all receive ints.
@@ -245,7 +245,7 @@ impl Nccl {
             size: 1,
             device,
             fallback: false,
-            timeout,
+            unsettled: AtomicBool::new(false),
         };
         if let Some((what, code)) = failed {
             let text = format!(
@@ -270,7 +270,7 @@ impl Nccl {
         self.device
     }
 
-    /// It does everything.
+    /// It does everything, but that its MIN and MAX pass a NaN over, as fmin and fmax do.
     pub fn abilities() -> Abilities {
         Abilities {
             reduce_scatter: true,
@@ -279,6 +279,7 @@ impl Nccl {
             reduce_dtypes: 0,
             max_count: usize::MAX,
             strided: true,
+            keeps_nan: false,
         }
     }
 
@@ -345,20 +346,14 @@ impl Nccl {
         SUCCESS
     }
 
-    /// A communicator that does not block takes its time; what follows on the stream must not overtake.
-    fn settled(&self, mut code: c_int) -> c_int {
-        let mut patience = Patience::new(false);
-        while code == IN_PROGRESS {
-            patience.pause(|| false, std::thread::sleep);
-            let mut state = SUCCESS;
-            // SAFETY: the communicator is live, by the promise of `wrap`.
-            let asked = unsafe { (self.functions.ncclCommGetAsyncError)(self.comm, &mut state) };
-            code = if asked == SUCCESS { state } else { asked };
-            if self.timeout.is_some_and(|t| patience.waited() >= t) {
-                break;
-            }
+    /// The communicator's own state.
+    fn state(&self) -> c_int {
+        let mut state = SUCCESS;
+        // SAFETY: the communicator is live, by the promise of `wrap`.
+        match unsafe { (self.functions.ncclCommGetAsyncError)(self.comm, &mut state) } {
+            SUCCESS => state,
+            code => code,
         }
-        code
     }
 }
 
@@ -367,6 +362,11 @@ fn answer(code: c_int) -> std::result::Result<(), i32> {
         SUCCESS => Ok(()),
         code => Err(code),
     }
+}
+
+/// The same, where a communicator that does not block may still be at work.
+fn allowed(code: c_int) -> std::result::Result<(), i32> {
+    answer(if code == IN_PROGRESS { SUCCESS } else { code })
 }
 
 impl Engine for Nccl {
@@ -390,10 +390,7 @@ impl Engine for Nccl {
                 (Kind::AllGather, ..) => self.broadcasts(c),
             }
         };
-        match code {
-            SUCCESS | IN_PROGRESS => Ok(0),
-            code => Err(code),
-        }
+        allowed(code).map(|()| 0)
     }
 
     fn test(&self, _request: usize) -> std::result::Result<bool, i32> {
@@ -429,17 +426,22 @@ impl Engine for Nccl {
 
     fn ungroup(&self) -> std::result::Result<(), i32> {
         // SAFETY: opened by `group`.
-        answer(self.settled(unsafe { (self.functions.ncclGroupEnd)() }))
+        let code = unsafe { (self.functions.ncclGroupEnd)() };
+        self.unsettled.store(code == IN_PROGRESS, Ordering::Relaxed);
+        allowed(code)
+    }
+
+    fn settled(&self) -> std::result::Result<bool, i32> {
+        if !self.unsettled.load(Ordering::Relaxed) {
+            return Ok(true);
+        }
+        let code = self.state();
+        self.unsettled.store(code == IN_PROGRESS, Ordering::Relaxed);
+        allowed(code).map(|()| code != IN_PROGRESS)
     }
 
     fn health(&self) -> std::result::Result<(), i32> {
-        let mut state = SUCCESS;
-        // SAFETY: the communicator is live, by the promise of `wrap`.
-        let asked = unsafe { (self.functions.ncclCommGetAsyncError)(self.comm, &mut state) };
-        match if asked == SUCCESS { state } else { asked } {
-            IN_PROGRESS => Ok(()),
-            code => answer(code),
-        }
+        allowed(self.state())
     }
 }
 

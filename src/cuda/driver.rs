@@ -23,7 +23,7 @@ pub const SUCCESS: c_int = 0;
 /// `CUDA_ERROR_INVALID_VALUE`.
 pub const INVALID_VALUE: c_int = 1;
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
-const OUT_OF_MEMORY: c_int = 2;
+pub const OUT_OF_MEMORY: c_int = 2;
 /// `CUDA_ERROR_NOT_READY`.
 pub const NOT_READY: c_int = 600;
 /// CUDA 11.2, the first with stream-ordered memory, as `cuDriverGetVersion` counts.

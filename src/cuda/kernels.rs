@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use cudarc::driver::sys::{CUfunction, CUmodule, CUstream};
 
 use super::context::Context;
-use super::driver::{Address, Driver, SUCCESS};
+use super::driver::{Address, Driver, OUT_OF_MEMORY, SUCCESS};
 use crate::dtype::{DType, Op};
 use crate::error::{unsupported, Result};
 
@@ -176,6 +176,9 @@ impl Kernels {
         let (driver, mut module) = (context.driver(), std::ptr::null_mut());
         // SAFETY: the text ends with a NUL.
         let code = unsafe { (driver.cuModuleLoadData)(&mut module, PTX.as_ptr().cast()) };
+        if code == OUT_OF_MEMORY {
+            driver.check(code, "cuModuleLoadData")?;
+        }
         if code != SUCCESS {
             return Err(unsupported!(
                 "device {}: the driver does not take our kernels, {} ({code}); expected compute \

@@ -102,19 +102,24 @@ impl Device {
     /// Refuses what is not memory of this device. The context is current.
     pub fn check_pointer(&self, pointer: *const u8, name: impl Fn() -> String) -> Result<()> {
         const MEMORY_TYPE: i32 = 2;
+        const IS_MANAGED: i32 = 8;
         const DEVICE_ORDINAL: i32 = 9;
         const OF_DEVICE: u32 = 2;
         let driver = self.driver();
         let ask = |attribute: i32, into: *mut c_void| {
-            // SAFETY: both attributes are four bytes; any number may be asked about.
+            // SAFETY: the attributes are at most four bytes; any number may be asked about.
             match unsafe { (driver.cuPointerGetAttribute)(into, attribute, pointer as Address) } {
                 // Unknown to the driver: plain host memory.
                 INVALID_VALUE => Ok(false),
                 code => driver.check(code, "cuPointerGetAttribute").map(|()| true),
             }
         };
-        let (mut kind, mut ordinal) = (0u32, -1i32);
+        let (mut kind, mut managed, mut ordinal) = (0u32, 0u32, -1i32);
         if !ask(MEMORY_TYPE, (&raw mut kind).cast())? || kind != OF_DEVICE {
+            // Every device reaches managed memory, which may say that it is the host's.
+            if ask(IS_MANAGED, (&raw mut managed).cast())? && managed != 0 {
+                return Ok(());
+            }
             return Err(invalid!(
                 "{}: {pointer:p} is host memory; expected memory of device {}",
                 name(),

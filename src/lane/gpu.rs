@@ -44,7 +44,7 @@ impl Endpoint {
         }
         let driver = Driver::get()?;
         // SAFETY: by the promise of this function.
-        let nccl = unsafe { Nccl::wrap(comm, options.timeout)? };
+        let nccl = unsafe { Nccl::wrap(comm)? };
         let (place, abilities) = (nccl.place(), Nccl::abilities());
         check_engine(abilities, place.0, place.1, options)?;
         let context = Context::of_device(driver, nccl.device())?;

@@ -69,6 +69,7 @@ impl Transport {
                 table.max_count
             },
             strided: false,
+            keeps_nan: true,
         };
         Ok((transport, abilities))
     }

@@ -128,21 +128,27 @@ impl DeviceBuckets {
             // SAFETY: the memory is given back behind a mark that comes after this.
             let request = unsafe { self.engine.start(collective) };
             let request = request.map_err(|code| refused("starting a collective", code))?;
-            self.until_enqueued(request, refused)
+            self.until("a collective", || self.engine.test(request), refused)
         });
         // A group that was opened is closed, whatever came in between.
         let closed = self.engine.ungroup();
-        started.and(closed.map_err(|code| refused("starting a group of collectives", code)))
+        started.and(closed.map_err(|code| refused("starting a group of collectives", code)))?;
+        self.until("a group of collectives", || self.engine.settled(), refused)
     }
 
     /// An engine that takes its time to enqueue is asked again: what follows must not overtake it.
-    fn until_enqueued(&self, request: usize, refused: impl Fn(&str, i32) -> Error) -> Result<()> {
+    fn until(
+        &self,
+        what: &str,
+        is_enqueued: impl Fn() -> std::result::Result<bool, i32>,
+        refused: impl Fn(&str, i32) -> Error,
+    ) -> Result<()> {
         let mut patience = Patience::new(false);
         loop {
-            match self.engine.test(request) {
+            match is_enqueued() {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
-                Err(code) => return Err(refused("a collective", code)),
+                Err(code) => return Err(refused(what, code)),
             }
             if let Some(e) = self.cause.get() {
                 return Err(Error::clone(e));

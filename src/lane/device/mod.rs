@@ -14,7 +14,7 @@ mod memory;
 mod take;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use self::bucket::{Bucket, Route};
@@ -197,8 +197,13 @@ impl DeviceBuckets {
 
     /// The first cause, once what the device says by now is looked at.
     pub fn cause(&self) -> Option<Arc<Error>> {
+        // Not while a call of another thread has it, which the engine may keep waiting.
         if self.cause.get().is_none() {
-            self.progress(&mut self.lock());
+            match self.state.try_lock() {
+                Ok(mut st) => self.progress(&mut st),
+                Err(TryLockError::Poisoned(st)) => self.progress(&mut st.into_inner()),
+                Err(TryLockError::WouldBlock) => {}
+            }
         }
         self.cause.get().cloned()
     }
@@ -316,7 +321,9 @@ impl DeviceBuckets {
     /// How this dtype and op travel.
     fn route(&self, dtype: DType, op: Op) -> Result<Route> {
         let dtypes = self.abilities.reduce_dtypes;
-        let takes = dtypes == 0 || dtypes >> dtype as u64 & 1 == 1;
+        let nan_matters = dtype.is_float() && matches!(op, Op::Min | Op::Max);
+        let takes = (dtypes == 0 || dtypes >> dtype as u64 & 1 == 1)
+            && (self.abilities.keeps_nan || !nan_matters);
         let kind = match (
             self.abilities.reduce_scatter && takes,
             self.abilities.all_to_all,

@@ -25,8 +25,8 @@ impl DeviceBuckets {
             let context = self.device.context();
             if !stream.is_null() && stream != self.streams.producer {
                 context.check_stream(stream, "stream")?;
+                refuse_capture(context, stream, "stream")?;
             }
-            refuse_capture(context, self.producer(stream), "stream")?;
             self.look_for_captures()?;
             for (pointer, name, index) in pointers {
                 let name = || index.map_or(name.to_string(), |i| format!("{name}[{i}]"));
@@ -56,7 +56,8 @@ impl DeviceBuckets {
 
     fn look_for_captures(&self) -> Result<()> {
         let context = self.device.context();
-        if let Some(result) = self.streams.result {
+        let other = |result: &CUstream| *result != self.streams.producer;
+        if let Some(result) = self.streams.result.filter(other) {
             refuse_capture(context, result, "config->result_stream")?;
         }
         refuse_capture(context, self.streams.producer, "config->stream")
