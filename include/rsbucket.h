@@ -466,11 +466,18 @@ rsb_status rsb_comm_create_shm(const char *name,
  * its whole bucket is packed at the launch, and a direct op whose rows lie one after the other is
  * sent as it lies. No call waits for the device. Streams that are being captured into a CUDA graph
  * are refused with RSB_ERR_UNSUPPORTED before anything is enqueued. The environment variable
- * ENABLE_NCCL_BASE_COLLECTIVES=0 makes every reduce-scatter a group of reduces.
+ * ENABLE_NCCL_BASE_COLLECTIVES=0 makes every reduce-scatter a group of reduces. MIN and MAX of
+ * floats are exchanged and combined here, since NCCL's own pass a NaN over.
+ *
+ * NCCL's rules for nccl_comm hold: no other call on it at the same time as a call that enqueues
+ * (submit, launch, flush, rsb_comm_all_gather), and none of these between an ncclGroupStart and
+ * ncclGroupEnd of the caller's, where NCCL enqueues nothing until the latter. In the first
+ * collectives of a communicator NCCL may keep such a call waiting until all ranks have come. The
+ * rsb_comm is freed before nccl_comm is destroyed or aborted.
  *
  * Returns RSB_OK, or:
- * - RSB_ERR_INVALID_ARGUMENT: nccl_comm or out_comm is NULL; a stream is of another device; or a
- *   field of config has a value that is not accepted.
+ * - RSB_ERR_INVALID_ARGUMENT: nccl_comm or out_comm is NULL; a stream is of another device or
+ *   context; or a field of config has a value that is not accepted.
  * - RSB_ERR_BAD_HANDLE: config->control is given and is no live handle.
  * - RSB_ERR_UNSUPPORTED: no CUDA driver (11.2 or later), no libnccl (2.10 or later), or a device
  *   below compute capability 7.0; err->message says what was looked for and where. Or an unknown
