@@ -176,6 +176,14 @@ TEST(Order, AThreadsDefaultStreamIsThatThreads) {
       for (std::thread &thread : threads) {
         thread.join();
       }
+      // And of threads that come after each other, which may lie in the same memory.
+      for (int t = 0; t < 3; ++t) {
+        std::thread([&] {
+          ASSERT_CUDA(cuCtxPushCurrent_v2(rank.device.context()));
+          worker.submit(o, per_thread);
+          ASSERT_CUDA(cuCtxPopCurrent_v2(nullptr));
+        }).join();
+      }
       worker.finish();
     });
   }

@@ -956,7 +956,8 @@ rsb_status rsb_bucketer_poll(rsb_bucketer *bucketer, size_t *out_completed, rsb_
  *
  * Returns RSB_OK once the callback has returned, or:
  * - RSB_PENDING: timeout_ns is up; the op lives on.
- * - RSB_ERR_NOT_LAUNCHED: the op is still in an open bucket.
+ * - RSB_ERR_NOT_LAUNCHED: the op is still in an open bucket, or, direct on a device comm, waits for
+ *   the next launch.
  * - RSB_ERR_INVALID_ARGUMENT: ticket is no ticket of this bucketer.
  * - RSB_ERR_BAD_HANDLE: bucketer is no live handle.
  * - RSB_ERR_REENTRANT: called in a callback of this bucketer.

@@ -235,6 +235,11 @@ void add_accesses(const Call &call, const Comm *comm, std::vector<Access> *acces
   case Kind::Send: sends = 1; break;
   case Kind::Recv: receives = 1; break;
   }
+  // The real one moves whole elements.
+  uint64_t at = (sends > 0 ? (uint64_t)call.send : 0) | (receives > 0 ? (uint64_t)call.recv : 0);
+  if (bytes > 0 && at % type_size(call.type) != 0)
+    breach("%s: memory of rank %d is not aligned to elements of %zu bytes", call.name, comm->rank,
+           (size_t)type_size(call.type));
   if (sends > 0) accesses->push_back({(uint64_t)call.send, sends * bytes, false});
   if (receives > 0) accesses->push_back({(uint64_t)call.recv, receives * bytes, true});
 }

@@ -127,6 +127,18 @@ impl<C: Copy + Send> Bucketer<C> {
     }
 }
 
+impl<C> Flight<C> {
+    /// Whether it is a direct op of a device comm that is not enqueued yet. Only a launch or a flush may
+    /// do that: calls that ranks need not make alike start nothing.
+    pub(super) fn is_put_off(&self) -> bool {
+        if self.lane != DIRECT || !self.comm.is_device() || self.outcome.is_some() {
+            return false;
+        }
+        let (done, failure) = self.comm.completed(self.lane);
+        done < self.end && failure.is_none()
+    }
+}
+
 /// Notes that a flight is enqueued, or will never be. Whether it is so.
 fn see<C>(flight: &mut Flight<C>) -> bool {
     if flight.outcome.is_none() {

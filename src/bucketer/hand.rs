@@ -129,6 +129,12 @@ impl<C: Copy + Send> Bucketer<C> {
         let within = |ops: &queue::Ops<C>| ops.binary_search_by_key(&ticket, |op| op.ticket).ok();
         for flight in &q.flights {
             if let Some(at) = within(&flight.ops) {
+                if flight.is_put_off() {
+                    let text = format!(
+                        "ticket: {ticket} goes with the next launch; expected a launch or flush before"
+                    );
+                    return Err(Error::new(Status::NotLaunched, text));
+                }
                 return Ok(Found::InFlight {
                     comm: flight.comm.id(),
                     lane: flight.lane,

@@ -6,6 +6,7 @@ use std::ffi::c_int;
 use cudarc::driver::sys::{CUcontext, CUstream};
 
 use super::driver::{Driver, SUCCESS};
+use super::event::NO_TIMING;
 use crate::error::{invalid, Result};
 
 /// A context, and whether a reference to it is ours.
@@ -23,6 +24,12 @@ unsafe impl Sync for Context {}
 
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`: our polling must not spoil a capture that goes on elsewhere.
 const RELAXED: c_int = 2;
+
+/// Whether a code is about what was handed over, and not about the device: `CUDA_ERROR_INVALID_VALUE`,
+/// `_INVALID_CONTEXT`, `_INVALID_HANDLE`, `_CONTEXT_IS_DESTROYED`.
+fn is_wrong_handle(code: c_int) -> bool {
+    matches!(code, 1 | 201 | 400 | 709)
+}
 
 /// While it lives, the context is this thread's current one.
 pub struct Entered<'a> {
@@ -140,42 +147,28 @@ impl Context {
         if stream.is_null() {
             return Ok(());
         }
-        let (mut owner, mut device): (CUcontext, c_int) = (std::ptr::null_mut(), -1);
+        let mut owner: CUcontext = std::ptr::null_mut();
         // SAFETY: the stream is the caller's, live by the header's rule.
         let code = unsafe { (self.driver.cuStreamGetCtx)(stream, &mut owner) };
-        if code != SUCCESS {
+        if is_wrong_handle(code) {
             return Err(invalid!(
                 "{name}: cuStreamGetCtx says {}; expected a stream of device {}",
                 self.driver.name(code),
                 self.ordinal
             ));
         }
+        self.driver.check(code, "cuStreamGetCtx")?;
         if owner != self.raw {
-            // SAFETY: the stream's context is live.
-            unsafe {
-                let pushed = (self.driver.cuCtxPushCurrent_v2)(owner);
-                self.driver.check(pushed, "cuCtxPushCurrent")?;
-                let _entered = Entered {
-                    driver: self.driver,
-                    mode: None,
-                };
-                let code = (self.driver.cuCtxGetDevice)(&mut device);
-                self.driver.check(code, "cuCtxGetDevice")?;
-            }
-            if device != self.ordinal {
+            let code = self.mark_once(stream)?;
+            if is_wrong_handle(code) {
                 return Err(invalid!(
-                    "{name}: a stream of device {device}; expected one of device {}, the comm's",
+                    "{name}: a stream of another device or context (cuEventRecord says {}); expected \
+                     one of the comm's, on device {}",
+                    self.driver.name(code),
                     self.ordinal
                 ));
             }
-            let code = self.mark_once(stream)?;
-            if code != SUCCESS {
-                return Err(invalid!(
-                    "{name}: a stream of another context of device {device} (cuEventRecord says {}); \
-                     expected one of the comm's",
-                    self.driver.name(code)
-                ));
-            }
+            self.driver.check(code, "cuEventRecord")?;
         }
         Ok(())
     }
@@ -185,7 +178,7 @@ impl Context {
         let mut event = std::ptr::null_mut();
         // SAFETY: the event lives between its making and its end; the stream is the caller's, live.
         unsafe {
-            let code = (self.driver.cuEventCreate)(&mut event, 0);
+            let code = (self.driver.cuEventCreate)(&mut event, NO_TIMING);
             self.driver.check(code, "cuEventCreate")?;
             let code = (self.driver.cuEventRecord)(event, stream);
             Driver::end(|| (self.driver.cuEventDestroy_v2)(event));

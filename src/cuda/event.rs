@@ -10,7 +10,7 @@ use super::driver::{Driver, NOT_READY};
 use crate::error::Result;
 
 /// `CU_EVENT_DISABLE_TIMING`: cheaper to record and to wait for.
-const NO_TIMING: c_uint = 2;
+pub(super) const NO_TIMING: c_uint = 2;
 
 /// An event of ours.
 pub struct Event {

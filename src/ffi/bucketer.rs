@@ -351,7 +351,8 @@ pub unsafe extern "C-unwind" fn rsb_bucketer_poll(
 ///
 /// Returns RSB_OK once the callback has returned, or:
 /// - RSB_PENDING: timeout_ns is up; the op lives on.
-/// - RSB_ERR_NOT_LAUNCHED: the op is still in an open bucket.
+/// - RSB_ERR_NOT_LAUNCHED: the op is still in an open bucket, or, direct on a device comm, waits for
+///   the next launch.
 /// - RSB_ERR_INVALID_ARGUMENT: ticket is no ticket of this bucketer.
 /// - RSB_ERR_BAD_HANDLE: bucketer is no live handle.
 /// - RSB_ERR_REENTRANT: called in a callback of this bucketer.

@@ -65,7 +65,7 @@ const PER_THREAD: usize = 2;
 pub struct Producer {
     pub stream: CUstream,
     /// Whose it is, where that is a matter of the thread; else 0.
-    thread: usize,
+    thread: u64,
     pub event: Event,
 }
 
@@ -312,7 +312,7 @@ impl Bucket {
         event: impl FnOnce() -> Result<Event>,
     ) -> Result<(usize, bool)> {
         let thread = match stream as usize {
-            PER_THREAD => thread::this(),
+            PER_THREAD => thread::number(),
             _ => 0,
         };
         let known = |p: &Producer| p.stream == stream && p.thread == thread;

@@ -39,11 +39,14 @@ impl DeviceBuckets {
             // SAFETY: by the promise of this function.
             unsafe { (own, lies) = (work.row(self.rank).0, contiguous(work)) };
         }
-        let lies = lies.filter(|_| work.borrow && work.numel <= route.max_count);
+        // Engines take elements where elements may lie.
+        let fits = |at: *const u8| (at as usize).is_multiple_of(element);
+        let lies = lies.filter(|&at| work.borrow && work.numel <= route.max_count && fits(at));
         let plain = work.finish == Finish::plain(work.dtype) && work.op != Op::Avg;
         let given = !work.output.is_null();
         let reduces = route.kind == Kind::ReduceScatter;
-        let straight = plain && given && reduces && work.output.cast_const() != own;
+        let straight =
+            plain && given && reduces && work.output.cast_const() != own && fits(work.output);
         let stays = !given && work.finish.output == work.dtype;
         let sizes = Sizes {
             send: if lies.is_some() { 0 } else { all },
@@ -122,8 +125,9 @@ impl DeviceBuckets {
         let mut st = self.enter()?;
         let _entered = self.enter_device()?;
         if bytes > 0 {
-            self.device.check_pointer(input, || "input".into())?;
-            self.device.check_pointer(output, || "output".into())?;
+            let input = self.device.check_pointer(input, || "input".into());
+            let output = self.device.check_pointer(output, || "output".into());
+            input.and(output).map_err(|e| self.sift(e))?;
         }
         let size = self.size as usize;
         let block = self.abilities.max_count.min(bytes.max(1));

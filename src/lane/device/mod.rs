@@ -227,10 +227,15 @@ impl DeviceBuckets {
         )
     }
 
-    /// A failure of the device is the end of the comm; others change nothing.
+    /// A failure of the device is the end of the comm; others change nothing. The context is current.
     fn sift(&self, e: Error) -> Error {
         match e.status {
             Status::Transport => self.fail(e),
+            // A device that has failed has no memory either.
+            Status::NoMemory => match self.device.event() {
+                Err(worse) if worse.status == Status::Transport => self.fail(worse),
+                _ => e,
+            },
             _ => e,
         }
     }
