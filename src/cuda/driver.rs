@@ -8,6 +8,7 @@
 //! that is a library whose every call fails.
 
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
+use std::mem::ManuallyDrop;
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::{self, CUcontext, CUevent, CUfunction, CUmodule, CUstream};
@@ -54,7 +55,7 @@ macro_rules! table {
         impl Driver {
             fn find() -> std::result::Result<Driver, String> {
                 // What is called below must never be unloaded.
-                let library: &Library = Box::leak(Box::new(open()?));
+                let library = ManuallyDrop::new(open()?);
                 Ok(Driver {
                     $($name: {
                         let name = stringify!($name);
